@@ -1,0 +1,34 @@
+"""Errors that a user can mend: each message names the value given, the rule, and the mend, on one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HamuError(Exception):
+    """Base of every error that is the input's fault; the command line prints it without a traceback and exits with 2."""
+
+
+class ConfigError(HamuError):
+    """A setting is unknown, out of range, or does not go with another."""
+
+
+class DataError(HamuError):
+    """A dataset, a column or a forget set is not what the settings say."""
+
+
+class CheckpointError(HamuError):
+    """A model folder or a checkpoint is missing, broken or of another run."""
+
+
+def unknown(kind: str, value: object, known: Iterable[str]) -> str:
+    """Say that a name is not known, with the nearest match and all known names.
+
+    >>> unknown("method", "hamuq", ["hamu-q", "ft"])
+    "unknown method 'hamuq'; did you mean 'hamu-q'? Known: ft, hamu-q"
+    """
+    names = sorted(str(name) for name in known)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown {kind} {value!r}{hint} Known: {', '.join(names)}"

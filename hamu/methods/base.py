@@ -1,0 +1,53 @@
+"""The record that says what a method is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hamu.methods.core import Rule
+from hamu.methods.names import HAMU_METHODS
+from hamu.methods.objectives import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """Hyper-parameters of the methods that have some.
+
+    scrub_alpha: weight of KL(original || current) on retain rows, >= 0. scrub_gamma: weight of the cross-entropy on retain rows,
+    >= 0. gru_beta: share of the current retain gradient in GRU's moving average, in [0, 1]; 0 turns the average off.
+    """
+
+    scrub_alpha: float = 0.001
+    scrub_gamma: float = 0.99
+    gru_beta: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """An unlearning method: two objectives and a combine rule.
+
+    name: key in METHODS. summary: one line for people. source: paper, or METHODS section. rule: Gram in, weights out.
+    retain, forget: given the settings, the objective whose gradient is g_r, g_f; None where the method uses no such batch.
+    needs_original: whether an objective reads the frozen original model. one_block: whether the rule reads the Gram of the
+    whole model whatever the mode.
+    """
+
+    name: str
+    summary: str
+    source: str
+    rule: Rule
+    retain: Callable[[MethodSettings], Objective] | None
+    forget: Callable[[MethodSettings], Objective] | None
+    needs_original: bool = False
+    one_block: bool = False
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the rule takes a constraint (HAMU)."""
+        return self.name in HAMU_METHODS
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a step needs a batch of each role; the others take both batches' rows from their one role."""
+        return self.retain is not None and self.forget is not None

@@ -1,0 +1,139 @@
+"""Inner products of a gradient pair, per block, and the flat buffers that make them cheap.
+
+Every combine rule needs three numbers per block: ||g_r||^2, ||g_f||^2 and kappa = <g_r, g_f>. Both gradients are kept in flat
+buffers whose blocks are padded with zeros to whole rows of `ROW` elements. One batched product then gives the 2x2 Gram of every
+row, and one `index_add` sums rows to blocks: a handful of operations and one host read a step, however many tensors there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROW = 256
+"""Elements a row: short enough that BatchNorm's small tensors waste little, long enough to keep the number of rows down."""
+
+SLAB_ROWS = 1 << 16
+"""Rows whose float64 copies exist at one time (2 x 128 MiB): bounds the extra memory on models of any size."""
+
+
+@dataclass(frozen=True)
+class Grams:
+    """Inner products of a gradient pair, one entry per block, float64.
+
+    retain: ||g_r||^2, shape (n_blocks,). forget: ||g_f||^2. cross: kappa = <g_r, g_f>.
+    """
+
+    retain: np.ndarray
+    forget: np.ndarray
+    cross: np.ndarray
+
+    @property
+    def retain_norm(self) -> np.ndarray:
+        """||g_r|| per block, shape (n_blocks,)."""
+        return np.sqrt(self.retain)
+
+    @property
+    def forget_norm(self) -> np.ndarray:
+        """||g_f|| per block, shape (n_blocks,)."""
+        return np.sqrt(self.forget)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no gradient holds a NaN or an infinity (either would show in its own norm)."""
+        return bool(np.isfinite(self.retain).all() and np.isfinite(self.forget).all() and np.isfinite(self.cross).all())
+
+    def total(self) -> Grams:
+        """Grams of the whole model as one block: inner products of concatenated vectors are sums over blocks."""
+        return Grams(*(np.asarray([part.sum()]) for part in (self.retain, self.forget, self.cross)))
+
+    def swapped(self) -> Grams:
+        """Grams of the pair (-g_f, -g_r), in which HAMU-U is HAMU-Q; kappa is unchanged."""
+        return Grams(retain=self.forget, forget=self.retain, cross=self.cross)
+
+    def scaled(self, retain: float, forget: float) -> Grams:
+        """Grams after g_r and g_f are multiplied by the given factors: this is what clipping does to them."""
+        return Grams(self.retain * retain**2, self.forget * forget**2, self.cross * (retain * forget))
+
+
+def clip_factors(grams: Grams, max_grad_norm: float | None) -> tuple[float, float]:
+    """Give the factors that clip g_r and g_f, each over the whole model, to `max_grad_norm`.
+
+    min(1, M / (||g|| + 1e-6)), the form of `torch.nn.utils.clip_grad_norm_`. None or 0 clips nothing.
+    """
+    if not max_grad_norm:
+        return 1.0, 1.0
+    factors = [min(1.0, max_grad_norm / (float(np.sqrt(part.sum())) + 1e-6)) for part in (grams.retain, grams.forget)]
+    return factors[0], factors[1]
+
+
+class BlockLayout:
+    """Where each tensor of a model lies in a flat buffer of rows, and what is done on whole buffers.
+
+    Args:
+        tensors: one per block, any shapes; only shapes and strides are kept. Dense tensors keep their memory order in a view, so
+            channels-last weights get channels-last gradients.
+        device: where the buffers live.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device | str | None = None) -> None:
+        self.device = torch.device(device if device is not None else tensors[0].device)
+        self.n_blocks = len(tensors)
+        rows = [-(-tensor.numel() // ROW) for tensor in tensors]
+        starts = np.concatenate([[0], np.cumsum(rows)])
+        self.n_rows = int(starts[-1])
+        self._places = [
+            (tensor.size(), _dense_strides(tensor), int(start) * ROW) for tensor, start in zip(tensors, starts[:-1], strict=True)
+        ]
+        self._block_of_row = torch.repeat_interleave(torch.arange(self.n_blocks), torch.tensor(rows)).to(self.device)
+
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """Make a buffer of zeros, shape (n_rows * ROW,)."""
+        return torch.zeros(self.n_rows * ROW, dtype=dtype, device=self.device)
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Give one view per block into a buffer, in the blocks' shapes."""
+        return [buffer.as_strided(size, stride, start) for size, stride, start in self._places]
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Copy tensors, one per block, into a new buffer."""
+        dtype = tensors[0].dtype
+        for tensor in tensors[1:]:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        buffer = self.zeros(dtype)
+        torch._foreach_copy_(self.views(buffer), list(tensors))
+        return buffer
+
+    def gram_sums(self, retain: Tensor, forget: Tensor) -> Tensor:
+        """Compute the 2x2 Gram of each block on the device, in float64: shape (n_blocks, 2, 2). No host read."""
+        sums = torch.zeros(self.n_blocks, 2, 2, dtype=torch.float64, device=self.device)
+        pair = (retain.view(-1, ROW), forget.view(-1, ROW))
+        for start in range(0, self.n_rows, SLAB_ROWS):
+            slab = slice(start, start + SLAB_ROWS)
+            rows = torch.stack((pair[0][slab], pair[1][slab]), dim=1).double()
+            sums.index_add_(0, self._block_of_row[slab], torch.bmm(rows, rows.transpose(1, 2)))
+        return sums
+
+    def grams(self, retain: Tensor, forget: Tensor) -> Grams:
+        """Compute the Grams of two buffers; this reads the device once."""
+        return grams_of_sums(self.gram_sums(retain, forget).cpu().numpy())
+
+    def combine_(self, retain: Tensor, forget: Tensor, weights: np.ndarray) -> Tensor:
+        """Overwrite the buffer `retain` with w_r g_r + w_f g_f; weights has shape (n_blocks, 2)."""
+        of_row = torch.from_numpy(weights).to(self.device)[self._block_of_row].to(retain.dtype)
+        return retain.view(-1, ROW).mul_(of_row[:, :1]).addcmul_(forget.view(-1, ROW), of_row[:, 1:]).view(-1)
+
+
+def grams_of_sums(sums: np.ndarray) -> Grams:
+    """Name the entries of the summed 2x2 products, shape (n_blocks, 2, 2)."""
+    return Grams(retain=sums[:, 0, 0], forget=sums[:, 1, 1], cross=sums[:, 0, 1])
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    if tensor.is_contiguous():
+        return tensor.stride()
+    return torch.empty_like(tensor, device="meta").stride()  # preserves the order of dense tensors, packs the others

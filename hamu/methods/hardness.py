@@ -1,0 +1,107 @@
+"""How hard a step is: the split of the constraint over blocks, kappa, the stopping rules and the largest feasible ratio.
+
+All of it comes from the Grams of one pair of gradients (arXiv 2606.02119). In the formulas g_r and g_f are the pair in which
+HAMU-U is HAMU-Q: (g_r, g_f) for hamu-q, (-g_f, -g_r) for hamu-u.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hamu.methods.core import StepLimits, Weights, sin_squared
+from hamu.methods.gram import Grams
+
+SPLITS = ("grad_norm", "softmax_dp", "uniform")
+STOPPING_RULES = ("aggregate", "feasible", "predicted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardness:
+    """How hard one step is, over all blocks. Losses in nats.
+
+    kappa: <g_r, g_f>. gradient_product: S, sum over blocks of ||g_r|| ||g_f||. stopping_rhs: right side of the published
+    criterion. margins: by stopping rule; a rule fires where its margin is positive. max_constraint_ratio: largest constraint
+    ratio whose step the sign-aware bound allows, nan without lr. predicted_*_change: first-order change of the two losses.
+    """
+
+    kappa: float
+    gradient_product: float
+    stopping_rhs: float
+    margins: dict[str, float]
+    max_constraint_ratio: float
+    predicted_retain_change: float
+    predicted_forget_change: float
+
+    @property
+    def stopping_margin(self) -> float:
+        """Constraint minus right side of the published criterion, nats; it fires where this is positive."""
+        return self.margins["aggregate"]
+
+
+def step_radius(grams: Grams, lr: float, radius: float | None) -> np.ndarray:
+    """R_b per block: the fixed radius, or with None the lr radius lr ||g_r||_b. Shape (n_blocks,)."""
+    return lr * grams.retain_norm if radius is None else np.full_like(grams.retain, radius)
+
+
+def split_constraint(grams: Grams, total: float, split: str, *, normalize: bool = True) -> np.ndarray:
+    """Share a constraint of `total` nats among the blocks; shape (n_blocks,).
+
+    grad_norm: in proportion to ||g_r|| ||g_f||. softmax_dp: to exp(-kappa). uniform: equally. A block whose two gradients are
+    both zero gets no share, unless all are so. `normalize=False` (published `--no_normalize_distributed_constraint`) multiplies
+    the total by the raw grad_norm or softmax_dp weight. Source: arXiv 2606.02119; the shift of the softmax and the zero blocks
+    are ours.
+    """
+    is_live = (grams.retain > 0) | (grams.forget > 0)
+    if not is_live.any():
+        is_live = ~is_live
+    if split == "uniform":
+        share = np.ones_like(grams.cross)
+    elif split == "grad_norm":
+        share = grams.retain_norm * grams.forget_norm
+        if not share.any():  # every pair has a zero side: the product says nothing about where the constraint could be met
+            share = np.ones_like(share)
+    else:
+        shift = grams.cross[is_live].min() if normalize else 0.0
+        with np.errstate(over="ignore"):
+            share = np.exp(-(grams.cross - shift))
+    share = np.where(is_live, share, 0.0)
+    if normalize or split == "uniform":
+        share = share / share.sum()
+    return total * share
+
+
+def measure_hardness(method: str, grams: Grams, limits: StepLimits, weights: Weights) -> Hardness:
+    """Compute kappa, the stopping margins, the largest feasible ratio and the predicted changes of one step.
+
+    Args:
+        method: "hamu-u" reads the pair with swapped roles; every other method reads it as hamu-q does.
+        grams: of (g_r, g_f), after clipping; one block in full-gradient mode.
+        limits: the radius and constraint of the step, of the pair that `method` reads.
+        weights: what the rule returned, for the predicted changes.
+
+    The published (aggregate) right side is sum R_b ||g_f|| sin(angle). It forgets that kappa must be positive for a step to
+    raise the free loss, so the `feasible` bound is R_b ||g_f|| where kappa <= 0.
+    """
+    roles = grams.swapped() if method == "hamu-u" else grams
+    sin = np.sqrt(sin_squared(roles))
+    reach = limits.radius * roles.forget_norm
+    aggregate = float((reach * sin).sum())
+    feasible = float((reach * np.where(roles.cross > 0, sin, 1.0)).sum())
+    total = float(limits.constraint.sum())
+    retain_change = float((weights.retain * grams.retain + weights.forget * grams.cross).sum())
+    forget_change = float((weights.retain * grams.cross + weights.forget * grams.forget).sum())
+    return Hardness(
+        kappa=float(grams.cross.sum()),
+        gradient_product=float((grams.retain_norm * grams.forget_norm).sum()),
+        stopping_rhs=aggregate,
+        margins={
+            "aggregate": total - aggregate,
+            "feasible": total - feasible,
+            "predicted": -forget_change if method == "hamu-u" else retain_change,
+        },
+        max_constraint_ratio=feasible / limits.lr if limits.lr > 0 else float("nan"),
+        predicted_retain_change=retain_change,
+        predicted_forget_change=forget_change,
+    )
