@@ -1,0 +1,170 @@
+"""The paired-gradient engine: two backward passes, one read of the device, one linear combination.
+
+Each role has one flat buffer that the backward pass accumulates into (every `param.grad` is a view of it), so gradient
+accumulation needs no code and the combination is two operations on the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hamu.methods.base import Method, MethodSettings
+from hamu.methods.combine import Decision, StepRules, decide_step
+from hamu.methods.gram import BlockLayout, clip_factors, grams_of_sums
+
+BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)
+
+
+class BatchLike(Protocol):
+    """What the engine reads of a batch: the labels, shape (n_labels,)."""
+
+    labels: Tensor
+
+
+class LogitsTask(Protocol):
+    """What the engine asks of a task."""
+
+    def logits(self, model: nn.Module, batch: BatchLike) -> Tensor:
+        """Logits of every label of a batch, shape (n_labels, classes)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one step saw: the decision, the objectives' means over the step's labels (nats), and the norms before clipping."""
+
+    decision: Decision
+    retain_loss: float
+    forget_loss: float
+    retain_grad_norm: float
+    forget_grad_norm: float
+
+
+class PairedEngine:
+    """Gradients of both roles of a model, and the step they give.
+
+    Args:
+        task: turns a batch into logits.
+        model: its parameters that require gradients are the blocks.
+        method: objectives and rule.
+        settings: the method's hyper-parameters.
+        original: frozen original model, for methods that need it.
+        freeze_batchnorm: keep BatchNorm's running statistics fixed (its affine parameters train).
+        autocast: dtype of the passes, None for the parameters' own; Grams, weights and update keep the parameters' dtype.
+    """
+
+    def __init__(
+        self,
+        task: LogitsTask,
+        model: nn.Module,
+        method: Method,
+        *,
+        settings: MethodSettings | None = None,
+        original: nn.Module | None = None,
+        freeze_batchnorm: bool = True,
+        autocast: torch.dtype | None = None,
+        compile_model: bool = False,
+    ) -> None:
+        self.task, self.model, self.method, self.original = task, model, method, original
+        self.params = [param for param in model.parameters() if param.requires_grad]
+        self.layout = BlockLayout(self.params)
+        self._settings = settings or MethodSettings()
+        self._freeze_batchnorm, self._autocast = freeze_batchnorm, autocast
+        self._forward: nn.Module = torch.compile(model) if compile_model else model  # type: ignore[assignment]
+        dtype = self.params[0].dtype
+        self._buffers = {role: self.layout.zeros(dtype) for role in ("retain", "forget")}
+        self._views = {role: self.layout.views(buffer) for role, buffer in self._buffers.items()}
+        self._losses = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
+        self.average_retain: Tensor | None = None
+        """GRU's moving average of the clipped retain gradient, a flat buffer; part of a checkpoint."""
+
+    def set_training_mode(self) -> None:
+        """Put the model in training mode, but for frozen BatchNorm layers."""
+        self.model.train()
+        if self._freeze_batchnorm:
+            for module in self.model.modules():
+                if isinstance(module, BATCH_NORM):
+                    module.eval()
+
+    def gradients(self, retain_parts: Sequence[BatchLike], forget_parts: Sequence[BatchLike]) -> None:
+        """Fill both gradient buffers: the retain passes, then the forget passes. A role that the method has not stays zero."""
+        self._losses.zero_()
+        for index, (role, parts) in enumerate((("retain", retain_parts), ("forget", forget_parts))):
+            self._buffers[role].zero_()
+            build = self.method.retain if role == "retain" else self.method.forget
+            if build is None:
+                continue
+            objective = build(self._settings)
+            for param, view in zip(self.params, self._views[role], strict=True):
+                param.grad = view
+            n_labels = sum(len(part.labels) for part in parts)
+            for part in parts:
+                with self.autocast():
+                    logits = self.task.logits(self._forward, part)
+                    losses = objective(logits, part.labels, self._original_logits(part))
+                loss = losses.sum() / n_labels
+                loss.backward()
+                self._losses[index] += loss.detach()
+
+    def decide(self, *, lr: float, rules: StepRules, max_grad_norm: float | None) -> StepReport:
+        """Turn the buffers' Grams into weights. Reads the device once (twice with GRU's moving average)."""
+        sums = self.layout.gram_sums(self._buffers["retain"], self._buffers["forget"])
+        host = torch.cat([sums.flatten(), self._losses]).cpu().numpy()
+        grams = grams_of_sums(host[:-2].reshape(-1, 2, 2))
+        factors = clip_factors(grams, max_grad_norm)
+        clipped = grams.scaled(*factors)
+        if self._settings.gru_beta > 0 and self.method.name == "gru" and grams.is_finite:
+            self._average_retain(factors[0])
+            factors = (1.0, factors[1])
+            clipped = self.layout.grams(self._buffers["retain"], self._buffers["forget"]).scaled(*factors)
+        decision = decide_step(self.method, clipped, lr=lr, rules=rules)
+        # The buffers hold unclipped gradients: the clip factors go into the weights.
+        decision = replace(decision, table=decision.table * factors)
+        return StepReport(
+            decision=decision,
+            retain_loss=float(host[-2]),
+            forget_loss=float(host[-1]),
+            retain_grad_norm=float(grams.retain.sum() ** 0.5),
+            forget_grad_norm=float(grams.forget.sum() ** 0.5),
+        )
+
+    def apply(self, decision: Decision, optimizer: torch.optim.Optimizer, *, lr: float) -> None:
+        """Hand -update / lr to the optimizer as every parameter's gradient and let it step; plain SGD then adds the update."""
+        self.layout.combine_(self._buffers["retain"], self._buffers["forget"], decision.table / -lr)
+        for param, view in zip(self.params, self._views["retain"], strict=True):
+            param.grad = view
+        optimizer.step()
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context in which passes run at the chosen precision."""
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(self.layout.device.type, dtype=self._autocast)
+
+    def _original_logits(self, part: BatchLike) -> Tensor | None:
+        if not self.method.needs_original:
+            return None
+        assert self.original is not None, f"method {self.method.name} needs the original model"
+        with torch.no_grad():
+            return self.task.logits(self.original, part)
+
+    def _average_retain(self, factor: float) -> None:
+        # m = beta g_r + (1 - beta) m_prev, started at g_r (METHODS 3.7); m takes the place of g_r.
+        retain, beta = self._buffers["retain"], self._settings.gru_beta
+        retain.mul_(factor)
+        if self.average_retain is None:
+            self.average_retain = retain.clone()
+        else:
+            self.average_retain.lerp_(retain, beta)
+        retain.copy_(self.average_retain)
+
+
+def make_parts(positions: Tensor, size: int) -> Iterable[Tensor]:
+    """Cut a step's positions into micro-batches of at most `size` rows."""
+    return positions.split(size)

@@ -1,0 +1,21 @@
+"""Why a run ended: values that are recorded and that every rank agrees on, never exceptions."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class StopReason(StrEnum):
+    """How a run ended. All but CANCELLED are ends a user may expect; every one keeps the model, the metrics and the reason."""
+
+    FINISHED = "finished"
+    CRITERION = "stopping_criterion"
+    INFEASIBLE = "infeasible"
+    NON_FINITE = "non_finite"
+    TARGET = "target_reached"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_early(self) -> bool:
+        """Whether the run ended before its last step."""
+        return self is not StopReason.FINISHED
