@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hamu.errors import CheckpointError
 from hamu.methods.base import Method, MethodSettings
 from hamu.methods.catalog import find_method
 from hamu.methods.combine import StepRules
@@ -87,7 +88,7 @@ class RunResult:
             "forget_quality": self.forget_quality,
             "retain_utility": self.retain_utility,
             **self.after,
-            **{name: value for name, value in original.items() if not name.endswith("_auc")},
+            **original,
             **self.hardness,
         }
 
@@ -103,7 +104,6 @@ class TrainingRun:
         original: frozen original model, for methods that need one; default: a copy of `model` as it is now.
         recorder: gets one row per recorded step and per evaluation.
         checkpoint_path: where to save, by `save_strategy`; a file that is there already is resumed from.
-        identity: columns of the run that a checkpoint must agree with.
 
     Raises:
         ConfigError: the constraint is larger than any clipped gradients could meet.
@@ -241,8 +241,6 @@ class TrainingRun:
         )
 
     def _resume(self, state: dict[str, Any]) -> None:
-        from hamu.errors import CheckpointError
-
         if state.get("recipe") != self.config.recipe_hash():
             raise CheckpointError(
                 f"checkpoint {str(self._checkpoint_path)!r} is of recipe {state.get('recipe')}, this run is {self.config.recipe_hash()}; "
@@ -281,7 +279,6 @@ class TrainingRun:
             hardness=self._hardness,
             message=self._message,
         )
-        yield self._record("evaluation", {}, log=False)
         if self._recorder is not None:
             self._recorder.finish()
 
@@ -307,7 +304,7 @@ class TrainingRun:
         radius = self.config.radius
         return StepRules(
             constraint=self.config.constraint * scale,
-            radius=None if radius is None else max(radius * scale, 1e-300),
+            radius=None if radius is None else radius * scale,
             split=self.config.split,
             full_grad=self.config.method.full_grad,
             on_infeasible=self.config.on_infeasible,
@@ -349,12 +346,11 @@ class TrainingRun:
         if target is not None and metrics.get("test_accuracy", 0.0) >= target:
             self._stop = StopReason.TARGET
             self._message = f"test accuracy {metrics['test_accuracy']:.4f} reached the target {target:g} at step {self.step}"
-        if settings.stop_on_loss_thresholds and (
-            metrics["retain_loss"] > settings.retain_loss_stop_threshold
-            or metrics["forget_loss"] < settings.forget_loss_stop_threshold
-        ):
-            self._stop = StopReason.TARGET
-            self._message = f"a loss passed its threshold at step {self.step}"
+        for name in ("retain_loss", "forget_loss") if settings.stop_on_loss_thresholds else ():
+            threshold = getattr(settings, f"{name}_stop_threshold")
+            if threshold is not None and metrics[name] > threshold:
+                self._stop = StopReason.TARGET
+                self._message = f"{name} {metrics[name]:.4f} passed its threshold {threshold:g} at step {self.step}"
 
     def _evaluate(self) -> dict[str, float]:
         started = time.perf_counter()
@@ -379,7 +375,7 @@ class TrainingRun:
         every = self._every[kind]
         return every is not None and self.step > 0 and self.step % every == 0
 
-    def _record(self, kind: str, columns: dict[str, Any], *, log: bool = True) -> dict[str, Any]:
+    def _record(self, kind: str, columns: dict[str, Any]) -> dict[str, Any]:
         row: dict[str, Any] = {
             "kind": kind,
             "step": self.step,
@@ -393,7 +389,7 @@ class TrainingRun:
             row["retain_utility"] = self._before["retain_loss"] - columns["retain_loss"]
         if self.result is not None or self._stop is not None:
             row["stop_reason"] = str(self._stop or StopReason.FINISHED)
-        if self._recorder is not None and log:
+        if self._recorder is not None:
             self._recorder.log(row)
         return row
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hamu.data.sources import ImageData
+import torch
+
+from hamu.data.sources import ImageData, load_image_data
 from hamu.tasks.vision import VisionTask, task_for
 from hamu.training.artifacts import RECORD_NAME, make_record, place_for, recipe_of, trained_model_path
 from hamu.training.config import TrainConfig
@@ -19,6 +22,18 @@ from hamu.training.loop import TrainingRun
 from hamu.training.progress import watch
 
 logger = logging.getLogger(__name__)
+
+
+def load_data(config: TrainConfig) -> ImageData:
+    """Load the dataset of a configuration, with the decoded-image cache under its artifact root."""
+    return load_image_data(
+        dataclasses.replace(config.data, dataset_cache_dir=config.dataset_cache_dir), img_size=config.run.img_size
+    )
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """The device asked for, otherwise a GPU if there is one."""
+    return torch.device(config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def provide_model(config: TrainConfig, data: ImageData, *, progress: bool = False) -> Path:
@@ -42,7 +57,7 @@ def provide_model(config: TrainConfig, data: ImageData, *, progress: bool = Fals
     with _locked(published):
         path = place_for(published, recipe)
         if not path.exists():
-            task = task_for(config, data)
+            task = task_for(config, data, device=choose_device(config))
             _train(config, task, data, path, progress=progress)
     return path
 

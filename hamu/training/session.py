@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import nn
 
-from hamu.data.sources import ImageData, load_image_data
+from hamu.data.sources import ImageData
 from hamu.errors import CheckpointError
 from hamu.tasks.vision import VisionTask, task_for
 from hamu.training.artifacts import make_record, place_for, recipe_of, results_path, task_name, trained_model_path
 from hamu.training.config import TrainConfig
 from hamu.training.loop import RunResult, TrainingRun
-from hamu.training.original import save_model
+from hamu.training.original import choose_device, load_data, save_model
 from hamu.training.progress import watch
 from hamu.training.records import Recorder
 
@@ -33,8 +33,8 @@ class Session:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.data: ImageData = load_image_data(config.data, config.dataset_cache_dir)
-        self.task: VisionTask = task_for(config, self.data)
+        self.data: ImageData = load_data(config)
+        self.task: VisionTask = task_for(config, self.data, device=choose_device(config))
         self.folder = Path(config.run.output_dir) if config.run.output_dir else results_path(config)
         self.model_folder = self._model_folder()
         self.start_folder = self._start_folder()
@@ -45,7 +45,7 @@ class Session:
         if not self.config.run.resume:
             checkpoint.unlink(missing_ok=True)
         recorder = Recorder(self.folder / "records", self._identity())
-        return TrainingRun(self.config, self.task, self._model(), recorder=recorder, checkpoint_path=checkpoint)
+        return TrainingRun(self.config, self.task, self.load_start(), recorder=recorder, checkpoint_path=checkpoint)
 
     def finish(self, run: TrainingRun) -> RunResult:
         """Keep the model with its record; a run that ended early keeps them too."""
@@ -97,7 +97,8 @@ class Session:
             )
         return path
 
-    def _model(self) -> nn.Module:
+    def load_start(self) -> nn.Module:
+        """The model that the run starts from."""
         if self.start_folder is None:
             return self.task.new_model(self.config.run.seed)
         return self.task.load_model(self.start_folder)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import nn
 
-from hamu.tasks.own import OwnTask
+from hamu.tasks.own import OwnTask, Rows
 from hamu.training.config import TrainConfig
 from hamu.training.loop import TrainingRun
 from hamu.training.progress import watch
 
-Rows = Dataset[tuple[Tensor, Tensor | int]] | Sequence[Tensor]
+
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ def unlearn(
             **settings,
         }
     )
-    task = OwnTask(retain, forget, test, device=next(model.parameters()).device)
+    task = OwnTask(retain, forget, test, model=model, device=next(model.parameters()).device)
     run = TrainingRun(config, task, model)
     for report in watch(run, title=method, enabled=progress):
         if on_report is not None:

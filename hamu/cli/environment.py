@@ -1,0 +1,49 @@
+"""The environment names of the published scripts, read below flags in rank by the command line and by sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+SETTINGS_BY_NAME = {
+    "METHOD": "unlearning_method",
+    "LR": "learning_rate",
+    "CONSTRAINT_RATIO": "constraint_ratio",
+    "FORGET_CLASS": "forget_class",
+    "HARD_PROBABILITY": "hard_probability",
+    "NUM_GPUS": "num_workers",
+    "GRADIENT_PAIRING": "gradient_pairing",
+    "MODEL_NAME": "model_name",
+    "DATASET_NAME": "dataset_name",
+    "USE_WANDB": "use_wandb",
+    "ARTIFACT_ROOT": "artifact_root",
+    "BATCH_SIZE": "per_device_train_batch_size",
+    "NUM_TRAIN_EPOCHS": "num_train_epochs",
+}
+TEXT_NAMES = ("FORGET_PCT", "DUPLICATE_SPLIT", "ADD_DUPLICATE")
+
+
+class FromEnvironment(NamedTuple):
+    """What the environment says: settings (text, unread), where each comes from, and lines to tell the user."""
+
+    settings: dict[str, str]
+    sources: dict[str, str]
+    warnings: list[str]
+
+
+def read_environment(environ: Mapping[str, str]) -> FromEnvironment:
+    """Read the published names; an empty value counts as unset.
+
+    The names that are for text alone (`FORGET_PCT`, `DUPLICATE_SPLIT`, `ADD_DUPLICATE`) are told to have no effect.
+    """
+    settings: dict[str, str] = {}
+    sources: dict[str, str] = {}
+    for name, setting in SETTINGS_BY_NAME.items():
+        if environ.get(name, "").strip():
+            settings[setting], sources[setting] = environ[name].strip(), f"environment {name}"
+    warnings = [
+        f"environment {name}={environ[name]}: for text, no effect on images"
+        for name in TEXT_NAMES
+        if environ.get(name, "").strip() not in ("", "0")
+    ]
+    return FromEnvironment(settings, sources, warnings)

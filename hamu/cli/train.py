@@ -1,0 +1,256 @@
+"""Train a model, or unlearn with one, from the command line.
+
+    python -m hamu.cli.train --add_forget_to_train --target_test_accuracy 0.9 --final_model_output_dir original
+    python -m hamu.cli.train --unlearning_method hamu-q --constraint_ratio 0.1 --model_name ./original
+
+Flags are the fields of the configuration; underscores and hyphens both work. Below them in rank are the environment
+names of `hamu.cli.environment`. Exit codes: 0 ended (early stops included), 1 the run failed, 2 bad input, 128 + n
+stopped by signal n (model and metrics are kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from hamu.cli.environment import read_environment
+from hamu.cli.published import IGNORED, translate
+from hamu.errors import ConfigError, HamuError
+from hamu.training.config import ALIASES, GROUPS, KNOWN, TrainConfig
+from hamu.training.fields import unknown_key
+from hamu.training.inputs import check_inputs
+
+if TYPE_CHECKING:
+    from hamu.training.loop import TrainingRun
+
+_UNSET = object()
+
+
+class Parsed(NamedTuple):
+    """A command line that was understood."""
+
+    config: TrainConfig
+    sources: dict[str, str]  # setting -> "flag", "environment NAME" or "flag, rewritten"
+    warnings: list[str]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser: one flag a field of the five settings groups, and the published flags without effect."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(message)
+
+    parser = Parser(
+        tuple(GROUPS.values()),  # type: ignore[arg-type]
+        prog="python -m hamu.cli.train",
+        usage="python -m hamu.cli.train [--flag value ...]",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Short names: " + ", ".join(f"--{short} = --{name}" for short, name in ALIASES.items()),
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("accepted from published command lines, no effect")
+    for name, instead in IGNORED.items():
+        group.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", const=True, help=instead)
+    return parser
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Parsed:
+    """Read flags over environment over defaults, and check the result.
+
+    Raises:
+        HamuError: a flag or a value is not known, out of range, does not go with another, or points nowhere.
+    """
+    flags = _given_flags(argv)
+    below = read_environment(environ)
+    given: dict[str, Any] = {name: value for name, value in below.settings.items() if name not in flags}
+    if "hamu_constraint" in flags:
+        given.pop("constraint_ratio", None)  # another form of what a flag says already
+    given.update(flags)
+    flat, warnings = translate(given)
+    config = TrainConfig.from_flat(flat)
+    check_inputs(config)
+    sources = {}
+    for name in flat:
+        if name in given and given[name] == flat[name]:
+            sources[name] = "flag" if name in flags else below.sources[name]
+        else:
+            sources[name] = "flag, rewritten" if flags else "environment, rewritten"
+    return Parsed(config, sources, below.warnings + warnings + config.warnings())
+
+
+def _given_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """Setting -> value of the flags that are on the command line, defaults left out."""
+    argv = [_canonical(token) for token in argv]
+    parser = build_parser()
+    namespace = argparse.Namespace(**dict.fromkeys((*KNOWN, *IGNORED), _UNSET))
+    namespace, rest = parser.parse_known_args(argv, namespace)
+    if rest:
+        flag = next((token for token in rest if token.startswith("--")), None)
+        if flag is None:
+            raise ConfigError(f"{rest[0]!r} is not a flag; flags begin with --")
+        raise ConfigError(unknown_key(flag[2:].split("=")[0], (*KNOWN, *IGNORED), kind="flag", prefix="--"))
+    return {name: value for name, value in vars(namespace).items() if value is not _UNSET}
+
+
+def _canonical(token: str) -> str:
+    """`--batch-size=8` -> `--per_device_train_batch_size=8`; values are left alone."""
+    if not token.startswith("--"):
+        return token
+    name, equals, value = token[2:].partition("=")
+    name = name.replace("-", "_")
+    return "--" + ALIASES.get(name, name) + equals + value
+
+
+def describe(parsed: Parsed) -> str:
+    """The resolved configuration: what was given and where, then what follows from it by default."""
+    config, flat = parsed.config, parsed.config.to_flat()
+    resolved: dict[str, Any] = {
+        "unlearning_method": config.method_name,
+        "model_name": config.run.model_name,
+        "dataset_name": config.data.dataset_name,
+        "forget_class": config.data.forget_class,
+        "hard_probability": config.data.hard_probability,
+        "seed": config.run.seed,
+        "num_train_epochs": config.training.num_train_epochs,
+        "per_device_train_batch_size": config.training.per_device_train_batch_size,
+        "learning_rate": config.lr,
+        "optimizer": config.optimizer_name,
+        "freeze_batchnorm": config.freeze_batchnorm,
+    }
+    if config.is_hamu:
+        resolved |= {
+            "constraint_ratio": f"{config.constraint_ratio:g}",
+            "hamu_constraint": f"{config.constraint:g} nats",
+            "radius": "learning rate * gradient norm" if config.radius is None else config.radius,
+            "split": config.split,
+        }
+    resolved |= {name: flat[name] for name in parsed.sources if name not in resolved}
+    width = max(map(len, resolved))
+    lines = []
+    for name, value in resolved.items():
+        source = parsed.sources.get(name, "default")
+        if name in ("constraint_ratio", "hamu_constraint") and name not in parsed.sources:
+            other = {"constraint_ratio": "hamu_constraint", "hamu_constraint": "constraint_ratio"}[name]
+            source = f"from {other}" if other in parsed.sources else "default"
+        lines.append(f"  {name:<{width}}  {value}  ({source})")
+    return "\n".join(lines)
+
+
+class Cancelled(SystemExit):
+    """A signal came before there was a run to end; the code is 128 + its number."""
+
+
+class SignalStop:
+    """SIGINT and SIGTERM end the attached run at its next step; with none attached, or a second time, at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None  # the signal that came
+        self.run: TrainingRun | None = None  # the run to end
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalStop:
+        # Outside the main thread Python refuses handlers: whoever runs us there has the signals.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        is_second, self.number = self.number is not None, number
+        if is_second or self.run is None:
+            raise Cancelled(128 + number)
+        from hamu.training.stop import StopReason
+
+        print("stopping after this step; model and metrics are kept (again: stop at once)", file=sys.stderr)
+        self.run.request_stop(StopReason.CANCELLED)
+
+
+def run(parsed: Parsed) -> int:
+    """Run what was parsed, or with `dry_run` say what it would do; print metrics and path; returns the exit code."""
+    config = parsed.config
+    with SignalStop() as signals:
+        from hamu.training.session import run_training
+
+        if config.run.dry_run:
+            return dry_run(config)
+
+        def on_start(run: TrainingRun) -> None:
+            signals.run = run
+            if not config.run.resume:
+                print(hardness_line(config, run), end="", flush=True)
+
+        result, session = run_training(config, progress=True, on_start=on_start)
+    print(json.dumps({**result.row(), "model_path": str(session.model_folder)}, default=str))
+    if result.message:
+        print(result.message, file=sys.stderr)
+    if signals.number is not None and result.stop_reason == "cancelled":
+        return 128 + signals.number
+    return 1 if result.stop_reason == "non_finite" else 0
+
+
+def dry_run(config: TrainConfig) -> int:
+    """Load data and model, print the plan and the hardness at the first batches, and train nothing."""
+    from hamu.training.loop import TrainingRun
+    from hamu.training.session import Session
+
+    session = Session(config)
+    planned = TrainingRun(config, session.task, session.load_start())
+    rows = ", ".join(f"{split} {session.task.n_rows(split)}" for split in ("retain", "forget", "test"))
+    print(f"plan\n  rows: {rows}\n  steps: {planned.total_steps}\n  model to: {session.model_folder}")
+    print(hardness_line(config, planned), end="")
+    return 0
+
+
+def hardness_line(config: TrainConfig, run: TrainingRun) -> str:
+    """What decides whether a HAMU run does anything: S and the largest feasible ratio; empty for other methods.
+
+    Measured at the first batches with the random state restored; not where it would move BatchNorm statistics.
+    """
+    if not (config.is_hamu and config.freeze_batchnorm):
+        return ""
+    import torch
+
+    with torch.random.fork_rng():
+        hardness = run.measure_hardness()
+    return (
+        f"hardness: S = {hardness['gradient_product']:.4g}, largest feasible constraint ratio "
+        f"{hardness['max_constraint_ratio']:.4g} (asked for: {config.constraint_ratio:.4g})\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of `python -m hamu.cli.train`; returns the exit code."""
+    try:
+        parsed = parse(sys.argv[1:] if argv is None else argv, os.environ)
+        for line in parsed.warnings:
+            print(f"warning: {line}", file=sys.stderr)
+        print("configuration\n" + describe(parsed), flush=True)
+        return run(parsed)
+    except HamuError as error:
+        if "--debug" in (sys.argv[1:] if argv is None else argv):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Cancelled as cancelled:
+        return int(cancelled.code or 0)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: the run failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

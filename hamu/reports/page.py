@@ -1,0 +1,248 @@
+"""The one-page report of a sweep: report.html, readable anywhere (no file or network beside it), and the figure in it.
+
+from hamu.reports.page import write_results
+write_results(Path("artifacts/results/digits/quickstart"))     # reads trials.parquet, writes pareto.png and report.html
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from hamu.reports.figures import pareto_png
+from hamu.reports.summary import summarise
+from hamu.reports.tables import (
+    MAX_RETAIN_ACCURACY_LOSS,
+    Row,
+    best_settings,
+    is_finite,
+    pareto_front,
+    setting_text,
+    status_of,
+    varying_settings,
+)
+from hamu.training.records import read_trials, replacing
+
+_FACTS = ("name", "space", "task", "slots", "hardware")
+
+# Column of a trial, its heading, its format: "g" a number, "%" a share shown in percent, "s" words.
+_SETTING_COLUMNS = {
+    "method": ("method", "s"), "learning_rate": ("lr", "g"), "constraint_ratio": ("ratio", "g"), "rho": ("rho", "g"),
+    "seed": ("seed", "g"),
+}  # fmt: skip
+_RESULT_COLUMNS = {
+    "steps": ("steps", "g"), "stop_reason": ("stopped by", "s"), "forget_quality": ("forget quality (nats)", "g"),
+    "retain_utility": ("retain utility (nats)", "g"), "retain_accuracy": ("retain acc. %", "%"),
+    "forget_accuracy": ("forget acc. %", "%"), "test_accuracy": ("test acc. %", "%"),
+    "forget_test_loss_auc": ("forget/test AUC", "g"), "train_s": ("train s", "g"), "trial_id": ("trial", "s"),
+}  # fmt: skip
+_STATE_COLUMNS = {"status": ("status", "s"), "note": ("note", "s")}
+
+
+def write_results(folder: Path, *, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Draw pareto.png and write report.html from the trials.parquet of a results folder, replacing both whole.
+
+    Args:
+        folder: the results folder of one sweep.
+        summary: what `summarise` returned. None: made from the trials and sweep.json (or summary.json) of the folder.
+
+    Returns:
+        The summary used.
+
+    Raises:
+        DataError: no trials.parquet in the folder.
+    """
+    folder = Path(folder)
+    rows = read_trials(folder / "trials.parquet")
+    used = dict(summary) if summary is not None else _summary_of(folder, rows)
+    pareto_png(rows, folder / "pareto.png", title=str(used["space"]))
+    _write_page(folder, rows, used)
+    return used
+
+
+def write_report(folder: Path, *, summary: Mapping[str, Any] | None = None) -> Path:
+    """Write report.html alone (the figure is drawn when missing); arguments and errors as `write_results`."""
+    folder = Path(folder)
+    if not (folder / "pareto.png").exists():
+        write_results(folder, summary=summary)
+    else:
+        rows = read_trials(folder / "trials.parquet")
+        _write_page(folder, rows, dict(summary) if summary is not None else _summary_of(folder, rows))
+    return folder / "report.html"
+
+
+def _summary_of(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
+    """The summary made anew from the trials: only what they do not say is taken from the folder's JSON files."""
+    facts: dict[str, Any] = {"name": folder.name, "space": folder.name, "task": folder.parent.name, "slots": None}
+    for name in ("sweep.json", "summary.json"):
+        if (folder / name).exists():
+            known = json.loads((folder / name).read_text(encoding="utf-8"))
+            facts.update({key: known[key] for key in _FACTS if known.get(key) is not None})
+    if isinstance(facts["space"], Mapping):  # a plan may hold the whole space, not its name
+        facts["space"] = facts["space"].get("name", folder.name)
+    return summarise(rows, **facts)
+
+
+def _write_page(folder: Path, rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(render_page(rows, summary, (folder / "pareto.png").read_bytes()), encoding="utf-8")
+
+
+def render_page(rows: Sequence[Row], summary: Mapping[str, Any], png: bytes) -> str:
+    """The report as one HTML text: pure, every value escaped, the figure inside it."""
+    names = varying_settings(rows)
+    settings = {key: column for key, column in _SETTING_COLUMNS.items() if key in names or key == "method"}
+    fixed = {key: next((row[key] for row in rows if row.get(key) is not None), None) for key in _SETTING_COLUMNS}
+    constant = ", ".join(
+        f"{label} {_cell(fixed[key], kind)}"
+        for key, (label, kind) in _SETTING_COLUMNS.items()
+        if key not in settings and fixed[key] is not None
+    )
+    chosen = summary.get("recommended") or {}
+    front = _table(pareto_front(rows)[::-1], {**settings, **_RESULT_COLUMNS}, chosen.get("trial_id"))
+    best = _table(best_settings(rows), {**settings, **_RESULT_COLUMNS}, chosen.get("trial_id"))
+    noted = [{**row, "status": status_of(row), "note": row.get("error") or row.get("message")} for row in rows]
+    everything = _table(noted, {**settings, **_RESULT_COLUMNS, **_STATE_COLUMNS}, chosen.get("trial_id"))
+    title = escape(f"{summary['space']}: {summary['name']}")
+    same = f" The same in all trials: {escape(constant)}." if constant else ""
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>{_STYLE}</style></head><body>
+<h1>{title}</h1>
+<p class="headline">{_headline(rows, summary, names)}</p>
+<dl>{"".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in _facts(summary))}</dl>
+<img alt="Pareto front: forget quality against retain utility" src="data:image/png;base64,{
+        base64.b64encode(png).decode("ascii")
+    }">
+<h2>Pareto front</h2><p>Trials that no other beats on both axes.{same}</p>{front}
+<h2>Best of each method</h2><p>The most forgetting that keeps retain accuracy; else the highest retain accuracy.</p>{
+        best
+    }
+<h2>All trials</h2><p>Click a heading to sort.</p>{everything}
+<h2>How to read this</h2>{_notes()}
+<script>{_SCRIPT}</script></body></html>
+"""
+
+
+def _headline(rows: Sequence[Row], summary: Mapping[str, Any], names: Iterable[str]) -> str:
+    """What to use, in a sentence, or why nothing can be recommended and what to change."""
+    chosen = summary.get("recommended")
+    if chosen:
+        original = next((row for row in rows if row.get("trial_id") == chosen["trial_id"]), {})
+        changes = "; ".join(
+            f"{split} accuracy {_cell(original.get(f'original_{split}_accuracy'), '%')} → "
+            f"{_cell(chosen.get(f'{split}_accuracy'), '%')} %"
+            for split in ("retain", "forget", "test")
+        )
+        words = setting_text(chosen, dict.fromkeys(("learning_rate", "constraint_ratio", *names)))
+        return f"Use <b>{escape(words)}</b>. {escape(changes)}. {_steps_text(chosen)}"
+    if not rows:
+        return "No trial has ended yet."
+    if all(row.get("steps") == 0 for row in rows if status_of(row) == "finished"):
+        bound = _cell(summary.get("max_constraint_ratio"), "g")
+        return f"No trial took a step. The largest feasible constraint ratio is {escape(bound)}: use ratios below it."
+    percent = f"{100 * MAX_RETAIN_ACCURACY_LOSS:g}"
+    return (
+        f"No trial forgot and kept the retain accuracy within {percent} points of the original's: "
+        "try a smaller learning rate or constraint ratio, or choose from the front below."
+    )
+
+
+def _steps_text(row: Row) -> str:
+    return f"{_cell(row.get('steps'), 'g')} steps, {_cell(row.get('train_s'), 'g')} s."
+
+
+def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    trials, hardware = summary["trials"], summary.get("hardware")
+    if isinstance(hardware, Mapping):
+        hardware = ", ".join(f"{key} {value}" for key, value in hardware.items())
+    ended = f"{trials['finished']} finished ({trials['early_stopped']} of them stopped early)"
+    times = f"{_cell(summary.get('wall_s'), 'g')} s with {summary.get('slots') or '?'} trials at once"
+    return [
+        ("trials", f"{trials['total']}: {ended}, {trials['failed']} failed, {trials['pruned']} pruned"),
+        ("stopped infeasible", f"{summary['infeasible']} ({summary['infeasible_at_start']} before the first step)"),
+        ("S at the first step", _with_range(summary, "gradient_product")),
+        ("largest feasible constraint ratio at the first step", _with_range(summary, "max_constraint_ratio")),
+        ("wall time", f"{times}; {_cell(summary.get('train_s'), 'g')} s of training in all"),
+        ("hardware", str(hardware or "not recorded")),
+    ]
+
+
+def _with_range(summary: Mapping[str, Any], name: str) -> str:
+    value, ends = summary.get(name), summary.get(f"{name}_range")
+    if not ends or f"{ends[0]:.3g}" == f"{ends[1]:.3g}":
+        return _cell(value, "g")
+    return f"{_cell(value, 'g')} (median; {ends[0]:.3g} to {ends[1]:.3g} over the trials)"
+
+
+def _cell(value: object, kind: str) -> str:
+    if value is None or value != value:
+        return "–"
+    if kind == "%" and is_finite(value):
+        return f"{100 * value:.1f}"
+    if kind == "g" and isinstance(value, int):
+        return str(value)
+    return f"{value:.4g}" if kind == "g" and isinstance(value, float) else str(value)
+
+
+def _table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]], chosen: object) -> str:
+    if not rows:
+        return "<p>None.</p>"
+    head = "".join(f"<th>{escape(label)}</th>" for label, _ in columns.values())
+    body = []
+    for row in rows:
+        mark = ' class="chosen"' if chosen is not None and row.get("trial_id") == chosen else ""
+        cells = (
+            f"<td{'' if kind == 's' else ' class=number'}>{escape(_cell(row.get(key), kind))}</td>"
+            for key, (_, kind) in columns.items()
+        )
+        body.append(f"<tr{mark}>{''.join(cells)}</tr>")
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+
+
+def _notes() -> str:
+    percent = f"{100 * MAX_RETAIN_ACCURACY_LOSS:g}"
+    notes = (
+        "Axes (paper view), both in nats and from the original model: forget quality is the rise of the forget loss, "
+        "retain utility is minus the rise of the retain loss. Up and right is better; the original is at (0, 0).",
+        "This view has no upper end and rewards over-forgetting: a model that is confidently wrong on the forgotten "
+        "rows, as after gradient ascent, scores higher than one that was never shown them. A membership AUC far from "
+        "0.5 on either side is a sign of it; this report has no retrained model to compare with.",
+        "The setting to use is the trial of the front with the most forgetting among those whose retain accuracy is at "
+        f"most {percent} points under the original's. It was chosen and is reported on the same rows, so expect a "
+        "little less on others.",
+        "Test rows hold all classes, so the test accuracy falls by the forgotten class's share where a whole class is "
+        "forgotten.",
+        "The ratio is the constraint divided by the learning rate. S is the sum over blocks of the product of the "
+        "lengths of the clipped retain and forget gradients; it bounds the ratio from above and shrinks as the model "
+        "converges. A HAMU trial whose ratio asks for more than the gradients allow stops as infeasible; one that did "
+        "so before its first step is the original model.",
+    )
+    return f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"
+
+
+_STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}
+h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}.headline{font-size:1.15em;background:#eef4fa;padding:.7em 1em;
+border-left:4px solid #0072b2}img{max-width:100%;height:auto}dl div{display:flex;gap:1em;padding:.15em 0}
+dt{flex:0 0 24em;color:#666}dd{margin:0}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.88em}
+th,td{padding:.25em .6em;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}
+th{cursor:pointer;background:#f5f5f5}
+td:last-child{white-space:normal}.number{text-align:right;font-variant-numeric:tabular-nums}.chosen{background:#fff6d6}
+"""
+
+_SCRIPT = """
+for (const th of document.querySelectorAll("th")) th.onclick = () => {
+  const body = th.closest("table").tBodies[0], i = th.cellIndex, up = th.dataset.up !== "1";
+  th.dataset.up = up ? "1" : "";
+  const key = row => { const text = row.cells[i].textContent, n = parseFloat(text);
+    return text === "–" ? null : (row.cells[i].className === "number" ? n : text); };
+  [...body.rows].sort((a, b) => { const x = key(a), y = key(b);
+    if (x === null || y === null) return (x === null) - (y === null);
+    return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1); }).forEach(row => body.append(row));
+};
+"""

@@ -1,0 +1,229 @@
+"""The whole configuration of a run: five groups of settings, their cross-checks, and what follows from them.
+
+    config = TrainConfig.from_flat({"method": "hamu-q", "constraint_ratio": 0.1, "lr": 1e-4, "epochs": 1})
+
+Torch-free: a command line or a sweep is checked before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from hamu.errors import ConfigError
+from hamu.methods.names import HAMU_METHODS
+from hamu.training.fields import merge_known, settings_of
+from hamu.training.fit_settings import LogConfig, OptimConfig, steps_between
+from hamu.training.method_settings import DEFAULT_CONSTRAINT_RATIO, NO_METHOD, MethodConfig
+from hamu.training.run_settings import DataConfig, RunConfig
+
+__all__ = [
+    "ALIASES", "GROUPS", "KNOWN", "DataConfig", "LogConfig", "MethodConfig", "OptimConfig", "RunConfig", "TrainConfig",
+    "check_constraint", "steps_between",
+]  # fmt: skip
+
+GROUPS: dict[str, type] = {
+    "run": RunConfig,
+    "data": DataConfig,
+    "method": MethodConfig,
+    "training": OptimConfig,
+    "logging": LogConfig,
+}
+KNOWN: dict[str, tuple[type, bool]] = {
+    name: kind for cls in GROUPS.values() for name, kind in settings_of(cls).items() if not name.startswith("_")
+}
+ALIASES = {
+    "method": "unlearning_method",
+    "rho": "hard_probability",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+}
+TRAINING_LR, UNLEARNING_LR = 1e-3, 1e-4
+_ROUNDING = 1e-9  # a ratio of exactly 1 must not fail by the rounding of ratio * lr
+
+# What does not change a result: places, pace of recording, and flags without a meaning for the numbers.
+_NOT_RECIPE = frozenset((
+    "output_dir", "final_model_output_dir", "artifact_root", "resume", "dry_run", "debug", "device",
+    "dataset_cache_dir", "no_torch_compile", "per_device_eval_batch_size", "gradient_checkpointing", "logging_strategy",
+    "logging_steps", "longer_eval_steps", "eval_on_start", "eval_on_subsets", "eval_on_forget", "save_strategy",
+    "save_steps", "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags", "wandb_notes",
+))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run: training (`unlearning_method` none) or unlearning. Built, it is known to be consistent.
+
+    Raises:
+        ConfigError: a setting is out of range, or two of them do not go together.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    training: OptimConfig = field(default_factory=OptimConfig)
+    logging: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        from hamu.training.config_checks import check_together
+
+        check_together(self)
+
+    @classmethod
+    def from_flat(cls, given: Mapping[str, Any]) -> Self:
+        """Build from a flat mapping of setting -> value; aliases: method, rho, lr, epochs, batch_size.
+
+        Raises:
+            ConfigError: a key is unknown (the nearest is named), a value unreadable, or a check fails.
+        """
+        flat = merge_known(given, KNOWN, ALIASES)
+        parts = {}
+        for group, group_cls in GROUPS.items():
+            parts[group] = group_cls(**{name: flat[name] for name in settings_of(group_cls) if name in flat})
+        return cls(**parts)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Every setting by its flag name, as given (unresolved None included); JSON-able; `from_flat` reads it back."""
+        return {name: value for group in GROUPS for name, value in dataclasses.asdict(getattr(self, group)).items()}
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed; a new constraint (or ratio) takes the place of the other form."""
+        flat = merge_known(changes, KNOWN, ALIASES)
+        base = self.to_flat()
+        for name, other in (("constraint_ratio", "hamu_constraint"), ("hamu_constraint", "constraint_ratio")):
+            if flat.get(name) is not None and other not in flat:
+                base[other] = None
+        return type(self).from_flat({**base, **flat})
+
+    def recipe_hash(self) -> str:
+        """Eight hex digits that two configurations share if they compute the same numbers."""
+        flat = {name: value for name, value in self.to_flat().items() if name not in _NOT_RECIPE}
+        if not self.is_unlearning:
+            for name in settings_of(MethodConfig):
+                flat.pop(name, None)
+        flat.update(learning_rate=self.lr, shuffle_seed=self.shuffle_seed, freeze_batchnorm=self.freeze_batchnorm)
+        if self.is_unlearning:
+            flat.update(hamu_constraint=self.constraint, constraint_ratio=None)
+            flat.update(hamu_radius=self.radius, split=self.split)
+            for name in [key for key in flat if key.startswith("distribute_") or key == "use_lr_radius"]:
+                del flat[name]
+        return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def method_name(self) -> str:
+        """Name of the unlearning method; "none" when training."""
+        return self.method.unlearning_method
+
+    @property
+    def is_unlearning(self) -> bool:
+        """Whether this run unlearns; else it trains."""
+        return self.method_name != NO_METHOD
+
+    @property
+    def is_hamu(self) -> bool:
+        """Whether the method is HAMU-Q or HAMU-U, the ones with a constraint and a radius."""
+        return self.method_name in HAMU_METHODS
+
+    @property
+    def lr(self) -> float:
+        """Learning rate; default 1e-3 when training, 1e-4 when unlearning."""
+        if self.training.learning_rate is not None:
+            return self.training.learning_rate
+        return UNLEARNING_LR if self.is_unlearning else TRAINING_LR
+
+    @property
+    def shuffle_seed(self) -> int:
+        """Seed of the order of rows; default: `seed`."""
+        return self.run.seed if self.run.shuffle_seed is None else self.run.shuffle_seed
+
+    @property
+    def constraint(self) -> float:
+        """Required first-order loss change a step, in nats (>= 0); 0 for a method without one."""
+        if not self.is_hamu:
+            return 0.0
+        if self.method.hamu_constraint is not None:
+            return self.method.hamu_constraint
+        ratio = self.method.constraint_ratio
+        return (DEFAULT_CONSTRAINT_RATIO if ratio is None else ratio) * self.lr
+
+    @property
+    def constraint_ratio(self) -> float | None:
+        """constraint / lr as given (default 0.5); None for a method without a constraint."""
+        if not self.is_hamu:
+            return None
+        if self.method.hamu_constraint is not None:
+            return self.method.hamu_constraint / self.lr
+        ratio = self.method.constraint_ratio
+        return DEFAULT_CONSTRAINT_RATIO if ratio is None else ratio
+
+    @property
+    def radius(self) -> float | None:
+        """Fixed radius of a block's weight change (L2); None: the lr radius, lr * ||g|| of the block."""
+        return self.method.radius
+
+    @property
+    def split(self) -> str:
+        """How the constraint is split over blocks: "grad_norm" (default), "softmax_dp" or "uniform"."""
+        return self.method.split
+
+    @property
+    def on_infeasible(self) -> str:
+        """What an infeasible constraint does: "stop" (default) or "continue"."""
+        return self.method.on_infeasible
+
+    @property
+    def freeze_batchnorm(self) -> bool:
+        """Whether BatchNorm statistics are fixed; default: when unlearning, not when training."""
+        return self.is_unlearning if self.method.freeze_batchnorm is None else self.method.freeze_batchnorm
+
+    @property
+    def optimizer_name(self) -> str:
+        """ "adamw" when training or with `use_optimizer`, else "sgd"."""
+        return "sgd" if self.is_unlearning and not self.method.use_optimizer else "adamw"
+
+    @property
+    def dataset_cache_dir(self) -> str:
+        """Folder of the dataset cache; default `<artifact_root>/dataset_cache`."""
+        return self.data.dataset_cache_dir or f"{self.run.artifact_root}/dataset_cache"
+
+    def warnings(self) -> list[str]:
+        """One line for each setting given that has no effect, or one that the user should not expect."""
+        from hamu.training.config_checks import warnings_of
+
+        return warnings_of(self)
+
+
+def check_constraint(config: TrainConfig, n_blocks: int) -> None:
+    """Refuse a constraint that no clipped gradients could meet: Q > limit, in nats.
+
+    Limit: lr * M^2 (lr radius), radius * M (fixed, whole model), radius * sqrt(n_blocks) * M (fixed, per block), with
+    M = `max_grad_norm`. Source: Cauchy-Schwarz over blocks.
+
+    Args:
+        config: any configuration; only HAMU has a constraint.
+        n_blocks: parameter tensors of the model, >= 1; without a meaning for the lr radius and whole-model mode.
+
+    Raises:
+        ConfigError: the constraint is larger than the limit.
+    """
+    if not config.is_hamu:
+        return
+    norm, constraint = config.training.max_grad_norm, config.constraint
+    if config.radius is None:
+        limit = config.lr * norm**2
+        shown = f"learning_rate {config.lr:g} * {norm:g}"
+    else:
+        blocks = 1 if config.method.full_grad else n_blocks
+        limit = config.radius * blocks**0.5 * norm
+        shown = f"{config.radius:g}" + (f" * sqrt({blocks} blocks)" if blocks > 1 else "")
+    if constraint > limit * (1 + _ROUNDING):
+        raise ConfigError(
+            f"constraint {constraint:g} is larger than radius * max_grad_norm = {limit:g} (radius {shown}, "
+            f"max_grad_norm {norm:g}), so no gradients could meet it; use a hamu_constraint of at most {limit:g} "
+            f"(constraint_ratio {limit / config.lr:g})"
+        )

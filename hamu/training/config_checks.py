@@ -1,0 +1,132 @@
+"""Checks of settings that concern more than one group, and the lines said about settings without an effect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hamu.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hamu.training.config import TrainConfig
+
+# Parameter tensors of the models built here, so that a fixed radius can be checked before a model is.
+KNOWN_BLOCKS = {"resnet20": 65}
+_FIELDS = ("name", "subset", "split", "prompt_field", "response_field")
+_HAMU_ONLY = (
+    "hamu_constraint", "constraint_ratio", "hamu_radius", "use_lr_radius", "continue_on_failed_feasibility",
+    "stop_on_stopping_criterion", "full_grad", "distribute_constraint_softmax_dp", "distribute_constraint_uniform",
+    "no_normalize_distributed_constraint",
+)  # fmt: skip
+
+
+def check_together(config: TrainConfig) -> None:
+    """Refuse settings that do not go together, so that none that changes a result is ignored.
+
+    Raises:
+        ConfigError: one line with the value, the rule and the mend.
+    """
+    from hamu.training.config import check_constraint
+
+    if config.run.modality == "llm":
+        raise ConfigError("modality 'llm' arrives later; use --modality vision")
+    _check_pairing(config)
+    _check_text_only(config)
+    lr_radius_or_whole = config.radius is None or config.method.full_grad
+    blocks = 1 if lr_radius_or_whole else KNOWN_BLOCKS.get(config.run.model_name)
+    if blocks is not None:
+        check_constraint(config, blocks)
+    if config.is_unlearning and config.training.select_best_model_by_subset_accuracy:
+        raise ConfigError(
+            "select_best_model_by_subset_accuracy chooses among models in training; leave it out when unlearning, "
+            f"or use unlearning_method none, not {config.method_name!r}"
+        )
+    if config.is_unlearning and config.data.add_forget_to_train:
+        raise ConfigError(
+            f"add_forget_to_train is for training an original; leave it out with method {config.method_name!r}"
+        )
+
+
+def _check_pairing(config: TrainConfig) -> None:
+    pairing, n = config.run.gradient_pairing, config.run.num_workers
+    if pairing == "split-gpu":
+        if n % 2:
+            raise ConfigError(
+                f"pairing 'split-gpu' needs an even number of processes, got {n}; use {n + 1}, or pairing 'sequential'"
+            )
+        if not config.freeze_batchnorm:
+            raise ConfigError(
+                "pairing 'split-gpu' needs frozen BatchNorm, since running statistics would differ between processes; "
+                "use freeze_batchnorm, or pairing 'sequential'"
+            )
+        raise ConfigError("pairing 'split-gpu' arrives later; use pairing 'sequential' with num_workers 1")
+    if n > 1:
+        raise ConfigError(f"pairing 'sequential' runs in one process, got num_workers {n}; use num_workers 1")
+
+
+def _check_text_only(config: TrainConfig) -> None:
+    """What images cannot have, and what would change the result if it were ignored."""
+    data, training = config.data, config.training
+    for part in _FIELDS:
+        given, base = getattr(data, f"forget_dataset_{part}"), getattr(data, f"dataset_{part}")
+        if given is not None and given != base:
+            raise ConfigError(
+                f"forget_dataset_{part} {given!r} differs from dataset_{part} {base!r}: the forget rows of images are "
+                "drawn from the training rows by forget_class and hard_probability; leave it out, or use hamu.unlearn"
+            )
+    if data.add_duplicate_to_retain:
+        raise ConfigError("add_duplicate_to_retain is for text; leave it out for images")
+    if data.dataset_repeat != 1:
+        raise ConfigError(
+            f"dataset_repeat {data.dataset_repeat} is for text; for images multiply num_train_epochs by it instead"
+        )
+    if training.add_lora:
+        raise ConfigError("add_lora is for text models; leave it out for images")
+
+
+def warnings_of(config: TrainConfig) -> list[str]:
+    """One line for each setting that is given and has no effect, or an effect that voids a guarantee."""
+    said: list[str] = []
+    flat = config.to_flat()
+    defaults = type(config)().to_flat()
+    given = {name for name, value in flat.items() if value != defaults[name]}
+    if not config.is_hamu:
+        without = [name for name in _HAMU_ONLY if name in given]
+        if without:
+            said.append(f"{', '.join(without)}: no effect, method {config.method_name!r} has no constraint")
+    elif config.method.use_optimizer:
+        said.append("use_optimizer: AdamW changes HAMU's step, so its radius and constraint are not guaranteed")
+    if config.is_hamu and config.method.use_lr_radius and config.method.hamu_radius is not None:
+        said.append(f"hamu_radius {config.method.hamu_radius:g}: no effect with use_lr_radius; leave one of them out")
+    if not config.is_unlearning and config.method.use_optimizer:
+        said.append("use_optimizer: no effect, training always uses AdamW")
+    if config.optimizer_name == "sgd" and config.training.weight_decay:
+        said.append(f"weight_decay {config.training.weight_decay:g}: no effect on plain SGD; it is for AdamW")
+    if config.method_name != "scrub" and given & {"scrub_alpha", "scrub_gamma"}:
+        said.append(f"scrub_alpha, scrub_gamma: no effect, the method is {config.method_name!r}")
+    if config.method_name != "gru" and "gru_beta" in given:
+        said.append(f"gru_beta: no effect, the method is {config.method_name!r}")
+    thresholds = {"retain_loss_stop_threshold", "forget_loss_stop_threshold"}
+    if given & thresholds and not config.method.stop_on_loss_thresholds:
+        said.append("loss thresholds: no effect without stop_on_loss_thresholds")
+    said += [f"{name}: for text, no effect on images" for name in sorted(given) if _is_idle_text(name)]
+    said += _logging_warnings(config, given)
+    return said
+
+
+def _is_idle_text(name: str) -> bool:
+    return name.startswith(("duplicate_dataset_", "lora_")) or name == "gradient_checkpointing"
+
+
+def _logging_warnings(config: TrainConfig, given: set[str]) -> list[str]:
+    said = []
+    for kind in ("logging", "eval", "save"):
+        strategy = getattr(config.logging, f"{kind}_strategy")
+        if f"{kind}_steps" in given and strategy != "steps":
+            said.append(f"{kind}_steps: no effect with {kind}_strategy {strategy!r}; use {kind}_strategy steps")
+    if "longer_eval_steps" in given:
+        said.append("longer_eval_steps: no effect, every evaluation covers all rows; eval_steps sets how often")
+    if given & {"eval_on_start", "eval_on_subsets", "eval_on_forget"}:
+        said.append("eval_on_*: no effect, retain, forget and test rows are always evaluated, before the start too")
+    if config.logging.use_wandb:
+        said.append("use_wandb: arrives later; records are in Parquet files under the output folder")
+    return said

@@ -1,0 +1,49 @@
+"""The columns of what a run records: one list for records/ (steps and evaluations), one for trials.parquet.
+
+An older file that lacks a column is read as null there, so columns may be added, never renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+SPLITS = ("retain", "forget", "test")
+IDENTITY_FIELDS = [
+    ("trial_id", pa.string()), ("sweep", pa.string()), ("task", pa.string()), ("method", pa.string()),
+    ("seed", pa.int64()), ("rho", pa.float64()), ("forget_class", pa.int64()), ("learning_rate", pa.float64()),
+    ("constraint_ratio", pa.float64()), ("split_sha256", pa.string()),
+]  # fmt: skip
+METRIC_COLUMNS = (
+    *(f"{split}_{metric}" for split in SPLITS for metric in ("loss", "accuracy", "entropy")),
+    "retain_forget_loss_auc", "forget_test_loss_auc", "retain_forget_min_k_auc", "forget_test_min_k_auc",
+    "forget_quality", "retain_utility",
+)  # fmt: skip
+STEP_COLUMNS = (
+    "retain_batch_loss", "forget_batch_loss", "retain_grad_norm", "forget_grad_norm", "kappa", "gradient_product",
+    "stopping_rhs", "stopping_margin", "feasible_margin", "predicted_margin", "max_constraint_ratio",
+    "predicted_retain_change", "predicted_forget_change", "direct_share", "rectified_share", "colinear_share",
+    "infeasible_share", "zero_forget_grad_share",
+)  # fmt: skip
+HARDNESS_COLUMNS = ("gradient_product", "max_constraint_ratio", "kappa")
+
+
+def _floats(names: Iterable[str]) -> list[tuple[str, pa.DataType]]:
+    return [(name, pa.float64()) for name in names]
+
+
+RECORD_SCHEMA = pa.schema([
+    *IDENTITY_FIELDS, ("kind", pa.string()), ("step", pa.int64()), *_floats(("epoch", "wall_s", "train_s")),
+    *_floats(METRIC_COLUMNS), *_floats(STEP_COLUMNS), ("stop_reason", pa.string()),
+])  # fmt: skip
+"""Columns of a row of records/; `kind` is "step" or "evaluation", losses are in nats, `*_s` seconds from the start."""
+
+TRIAL_SCHEMA = pa.schema([
+    *IDENTITY_FIELDS, ("status", pa.string()), ("error", pa.string()), ("stop_reason", pa.string()),
+    ("message", pa.string()), ("steps", pa.int64()),
+    *_floats(("epochs", "started_at", "ended_at", "setup_s", "train_s")), *_floats(METRIC_COLUMNS),
+    *_floats(f"original_{split}_{metric}" for split in SPLITS for metric in ("loss", "accuracy")),
+    *_floats(HARDNESS_COLUMNS), ("peak_rss_bytes", pa.int64()), ("model_path", pa.string()), ("config", pa.string()),
+])  # fmt: skip
+"""Columns of trials.parquet; `status` is "finished", "failed" or "pruned", `started_at` and `ended_at` unix seconds."""

@@ -1,0 +1,98 @@
+"""Settings of a run and of its data; the fields are the flags of `python -m hamu.cli.train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hamu.training.fields import check_choice, check_range, setting
+
+MODALITIES = ("vision", "llm")
+PAIRINGS = ("sequential", "split-gpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Which model, on what, with which seed, and where things are written."""
+
+    _argument_group_name: ClassVar[str] = "run"
+
+    modality: str = setting("vision", "vision or llm (llm arrives later)")
+    model_name: str = setting(
+        "resnet20", "resnet20, torchvision/<name>, a hub name, or a model folder (unlearning starts from it)"
+    )
+    num_labels: int | None = setting(None, "classes of the model; default: those of the dataset")
+    img_size: int | None = setting(None, "resize images to this many pixels a side; default: as they are")
+    seed: int = setting(42, "seed of the forget set, the initial weights and the order (see shuffle_seed)")
+    shuffle_seed: int | None = setting(None, "seed of the order of rows; default: seed")
+    gradient_pairing: str = setting("sequential", "sequential (one process) or split-gpu (an even number of processes)")
+    num_workers: int = setting(1, "processes of the run (NUM_GPUS of the published scripts)")
+    device: str | None = setting(None, "cpu, cuda or cuda:<n>; default: a GPU if there is one")
+    output_dir: str | None = setting(None, "folder of records and metrics; default: under artifact_root")
+    final_model_output_dir: str | None = setting(None, "folder of the final model; default: under artifact_root")
+    artifact_root: str = setting("artifacts", "root of checkpoints, results and caches")
+    resume: bool = setting(False, "go on from the last checkpoint of the same run")
+    dry_run: bool = setting(False, "print what would run and stop")
+    debug: bool = setting(False, "show tracebacks")
+
+    def __post_init__(self) -> None:
+        check_choice("modality", self.modality, MODALITIES)
+        check_choice("gradient_pairing", self.gradient_pairing, PAIRINGS)
+        check_range("num_labels", self.num_labels, low=2)
+        check_range("img_size", self.img_size, low=1)
+        check_range("num_workers", self.num_workers, low=1)
+        check_range("seed", self.seed, low=0, high=2**32 - 1)
+        check_range("shuffle_seed", self.shuffle_seed, low=0, high=2**32 - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where rows come from and which of them are forgotten.
+
+    For images the forget set is drawn from the training rows by `forget_class`, `hard_probability` (rho) and the
+    seed; the `forget_` and `duplicate_` sources are for text.
+    """
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    dataset_name: str = setting("digits", "digits (embedded), cifar10, cifar100, a hub name, or a local folder")
+    dataset_subset: str | None = setting(None, "configuration of the dataset; default: its only or default one")
+    dataset_split: str = setting("train", "split with the training rows")
+    dataset_prompt_field: str | None = setting(None, "column of the images (or prompts); default: img or image")
+    dataset_response_field: str | None = setting(None, "column of the labels (or responses); default: label or labels")
+    forget_dataset_name: str | None = setting(None, "text: dataset to forget; default: dataset_name")
+    forget_dataset_subset: str | None = setting(None, "text: its configuration")
+    forget_dataset_split: str | None = setting(None, "text: its split")
+    forget_dataset_prompt_field: str | None = setting(None, "text: its prompt column")
+    forget_dataset_response_field: str | None = setting(None, "text: its response column")
+    duplicate_dataset_name: str | None = setting(None, "text: dataset of duplicates; default: dataset_name")
+    duplicate_dataset_subset: str | None = setting(None, "text: its configuration")
+    duplicate_dataset_split: str | None = setting(None, "text: its split")
+    duplicate_dataset_prompt_field: str | None = setting(None, "text: its prompt column")
+    duplicate_dataset_response_field: str | None = setting(None, "text: its response column")
+    test_dataset_name: str | None = setting(None, "dataset of the test rows; default: dataset_name")
+    test_dataset_subset: str | None = setting(None, "its configuration; default: dataset_subset")
+    test_dataset_split: str | None = setting(None, "its split; default: test")
+    test_dataset_prompt_field: str | None = setting(None, "its image column; default: dataset_prompt_field")
+    test_dataset_response_field: str | None = setting(None, "its label column; default: dataset_response_field")
+    dataset_cache_dir: str | None = setting(None, "cache of decoded datasets; default: <artifact_root>/dataset_cache")
+    forget_class: int = setting(0, "class c to forget")
+    hard_probability: float = setting(0.0, "rho in [0, 1]: share of the forget set drawn from other rows; 1: at random")
+    split_ratio: float = setting(0.1, "share of all rows that is forgotten at rho = 1")
+    dataset_repeat: int = setting(1, "text: times the rows are repeated in an epoch")
+    shuffle_dataset: bool = setting(True, "order the rows by shuffle_seed, once; False: as stored")
+    add_forget_to_train: bool = setting(False, "train on retain and forget rows (the original), not retain rows only")
+    add_duplicate_to_retain: bool = setting(False, "text: add the duplicates to the retain rows")
+    k_pct: float = setting(0.1, "share of lowest log-probabilities that min-k averages, in (0, 1]")
+
+    def __post_init__(self) -> None:
+        check_range("hard_probability (rho)", self.hard_probability, low=0, high=1, mend="0 forgets the class alone")
+        check_range("split_ratio", self.split_ratio, above=0, high=1)
+        check_range("forget_class", self.forget_class, low=0)
+        check_range("dataset_repeat", self.dataset_repeat, low=1)
+        check_range("k_pct", self.k_pct, above=0, high=1)
+
+    @property
+    def rho(self) -> float:
+        """`hard_probability` by its short name, in [0, 1]."""
+        return self.hard_probability

@@ -1,0 +1,242 @@
+"""The loop: ends with a reason, resumes to the bit, records what it did; on the embedded digits and a small model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hamu.errors import CheckpointError, ConfigError
+from hamu.methods.names import METHOD_NAMES
+from hamu.tasks.own import OwnTask
+from hamu.tasks.vision import VisionTask, task_for
+from hamu.training.config import TrainConfig
+from hamu.training.original import load_data
+from hamu.training.loop import TrainingRun
+from hamu.training.records import Recorder, read_records
+from hamu.training.stop import StopReason
+
+
+class Killed(RuntimeError):
+    """Stands for the moment at which a process dies."""
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> VisionTask:
+    config = TrainConfig.from_flat({"method": "hamu-q", "dataset_cache_dir": str(tmp_path_factory.mktemp("cache"))})
+    return task_for(config, load_data(config))
+
+
+def small_model(seed: int = 0) -> nn.Module:
+    """A convolution, BatchNorm and a linear layer: every kind of block, in milliseconds a step."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, 10)
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(task: VisionTask) -> nn.Module:
+    """A model that knows the digits: test accuracy about 0.9."""
+    model = small_model()
+    run = TrainingRun(TrainConfig.from_flat({"epochs": 8, "lr": 1e-2, "add_forget_to_train": True}), task, model)
+    exhaust(run)
+    assert run.result is not None and run.result.after["test_accuracy"] > 0.85
+    return model
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    twin = small_model()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def exhaust(run: TrainingRun) -> list[dict[str, Any]]:
+    return list(run)
+
+
+def unlearning(**settings: Any) -> TrainConfig:
+    given = {"method": "hamu-q", "lr": 0.01, "constraint_ratio": 0.02, "epochs": 1, "logging_steps": 1, **settings}
+    return TrainConfig.from_flat(given)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_method_runs_the_same_number_of_steps_and_changes_the_model(
+    method: str, task: VisionTask, trained: nn.Module
+) -> None:
+    settings = {"constraint_ratio": 1e-4, "continue_on_failed_feasibility": True} if method.startswith("hamu") else {}
+    model = copy_of(trained)
+    run = TrainingRun(TrainConfig.from_flat({"method": method, "lr": 0.01, "epochs": 1, **settings}), task, model)
+    exhaust(run)
+    assert run.result is not None and run.result.stop_reason is StopReason.FINISHED
+    assert run.result.steps == -(-task.n_rows("retain") // 128)
+    assert any(not torch.equal(new, old) for new, old in zip(model.parameters(), trained.parameters(), strict=True))
+
+
+def test_hamu_q_forgets_and_keeps_retain_accuracy(task: VisionTask, trained: nn.Module) -> None:
+    run = TrainingRun(unlearning(constraint_ratio=0.1, lr=0.05, epochs=2), task, copy_of(trained))
+    exhaust(run)
+    result = run.result
+    assert result is not None
+    assert result.forget_quality > 0.1, "the forget loss must rise"
+    assert result.after["retain_accuracy"] > result.before["retain_accuracy"] - 0.02
+
+
+def test_frozen_batchnorm_keeps_its_statistics_and_trains_its_weights(task: VisionTask, trained: nn.Module) -> None:
+    model = copy_of(trained)
+    exhaust(TrainingRun(unlearning(), task, model))
+    assert torch.equal(model[1].running_mean, trained[1].running_mean)
+    assert not torch.equal(model[1].weight, trained[1].weight)
+
+
+def test_a_plain_sgd_step_is_the_predicted_change(task: VisionTask, trained: nn.Module) -> None:
+    """In float64 with a short step, losses change as the Grams predict: the update reached the weights as it was meant."""
+    model = copy_of(trained).double()
+    images, labels = (getattr(task.batch("retain", torch.arange(256)), name) for name in ("inputs", "labels"))
+    own = OwnTask((images.double(), labels), (images[:64].double(), (labels[:64] + 1) % 10), model=model)
+    config = unlearning(lr=1e-5, constraint_ratio=0.05, batch_size=256, epochs=1, max_grad_norm=1e6)
+    run = TrainingRun(config, own, model)
+    rows = exhaust(run)
+    step = next(row for row in rows if row["kind"] == "step")
+    assert run.result is not None and run.result.steps == 1
+    # 1e-3: the second-order part of a step of length 1e-5.
+    assert run.result.forget_quality == pytest.approx(step["predicted_forget_change"], rel=1e-3)
+    assert -run.result.retain_utility == pytest.approx(step["predicted_retain_change"], rel=1e-3)
+
+
+def test_an_infeasible_run_stops_at_step_0_and_says_which_ratio_was_feasible(task: VisionTask, trained: nn.Module) -> None:
+    model = copy_of(trained)
+    run = TrainingRun(unlearning(constraint_ratio=0.99), task, model)
+    rows = exhaust(run)
+    result = run.result
+    assert result is not None
+    assert result.stop_reason is StopReason.INFEASIBLE and result.steps == 0
+    assert result.message is not None and f"{result.hardness['max_constraint_ratio']:.4g}" in result.message
+    assert all(torch.equal(new, old) for new, old in zip(model.parameters(), trained.parameters(), strict=True))
+    assert result.after == result.before and rows[-1]["stop_reason"] == "infeasible"
+
+
+def test_a_ratio_below_the_largest_feasible_one_does_step(task: VisionTask, trained: nn.Module) -> None:
+    probe = TrainingRun(unlearning(), task, copy_of(trained)).measure_hardness()
+    run = TrainingRun(unlearning(constraint_ratio=0.5 * probe["max_constraint_ratio"]), task, copy_of(trained))
+    exhaust(run)
+    assert run.result is not None and run.result.steps > 0
+
+
+@pytest.mark.parametrize("rule", ["aggregate", "feasible", "predicted"])
+def test_the_criterion_stops_before_the_step_on_which_it_fires(rule: str, task: VisionTask, trained: nn.Module) -> None:
+    config = unlearning(constraint_ratio=0.9, stop_on_stopping_criterion=True, stopping_rule=rule, epochs=2)
+    if rule == "predicted":  # needs a step that is taken: continue, so that the prediction is of a real one
+        config = config.replace(continue_on_failed_feasibility=True)
+    run = TrainingRun(config, task, copy_of(trained))
+    rows = exhaust(run)
+    assert run.result is not None and run.result.stop_reason is StopReason.CRITERION
+    column = {"aggregate": "stopping_margin", "feasible": "feasible_margin", "predicted": "predicted_margin"}[rule]
+    margins = [row[column] for row in rows if row["kind"] == "step"]
+    assert margins[-1] > 0 and all(margin <= 0 for margin in margins[:-1])
+
+
+def test_a_non_finite_loss_ends_the_run_with_the_last_finite_model(task: VisionTask, trained: nn.Module) -> None:
+    model = copy_of(trained)
+    with torch.no_grad():
+        model[5].weight.fill_(1e38)
+    run = TrainingRun(TrainConfig.from_flat({"method": "ga", "lr": 1.0, "epochs": 1}), task, model)
+    exhaust(run)
+    assert run.result is not None and run.result.stop_reason is StopReason.NON_FINITE
+    assert torch.isfinite(model[5].weight).all()
+
+
+def test_a_request_ends_the_run_and_keeps_its_metrics(task: VisionTask, trained: nn.Module) -> None:
+    run = TrainingRun(unlearning(epochs=5), task, copy_of(trained))
+    for row in run:
+        if row["step"] == 3:
+            run.request_stop(StopReason.CANCELLED)
+    assert run.result is not None and run.result.stop_reason is StopReason.CANCELLED
+    assert run.result.steps == 3 and "test_accuracy" in run.result.after
+
+
+def test_training_stops_at_its_target_and_keeps_the_best_model(task: VisionTask) -> None:
+    flat = {"epochs": 20, "lr": 1e-2, "target_test_accuracy": 0.6, "add_forget_to_train": True}
+    run = TrainingRun(TrainConfig.from_flat(flat), task, small_model())
+    exhaust(run)
+    assert run.result is not None and run.result.stop_reason is StopReason.TARGET
+    assert run.result.after["test_accuracy"] >= 0.6 and run.result.epochs < 20
+
+    best = TrainConfig.from_flat({**flat, "target_test_accuracy": None, "epochs": 6, "lr": 0.05, "select_best_model_by_subset_accuracy": True})
+    run = TrainingRun(best, task, small_model())
+    rows = [row for row in exhaust(run) if "retain_accuracy" in row and row["step"] > 0]
+    assert run.result is not None
+    scores = [(row["retain_accuracy"] + row["forget_accuracy"]) / 2 for row in rows]
+    assert (run.result.after["retain_accuracy"] + run.result.after["forget_accuracy"]) / 2 == max(scores)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "hamu-q", "constraint_ratio": 0.02, "lr": 0.01},
+        {"method": "scrub", "lr": 0.05},
+        {"method": "gru", "gru_beta": 0.6, "lr": 0.01},
+        {"method": "gdiff", "lr": 0.01, "use_optimizer": True, "lr_scheduler_type": "cosine"},
+        {"epochs": 2, "lr": 0.01, "select_best_model_by_subset_accuracy": True},
+    ],
+    ids=lambda settings: settings.get("method", "training"),
+)
+def test_a_killed_and_resumed_run_gives_the_uninterrupted_numbers_to_the_bit(
+    settings: dict[str, Any], task: VisionTask, trained: nn.Module, tmp_path: Path
+) -> None:
+    config = TrainConfig.from_flat({"epochs": 2, "save_strategy": "steps", "save_steps": 4, "eval_steps": 0.5, "eval_strategy": "steps", **settings})
+
+    def run(folder: Path, *, die_at: int | None = None) -> tuple[TrainingRun, nn.Module]:
+        model = copy_of(trained)
+        recorder = Recorder(folder / "records", {"trial_id": "t"})
+        run = TrainingRun(config, task, model, recorder=recorder, checkpoint_path=folder / "checkpoint.pt", original=copy_of(trained))
+        try:
+            for row in run:
+                if row["step"] == die_at:
+                    raise Killed
+        except Killed:
+            pass
+        return run, model
+
+    whole, whole_model = run(tmp_path / "whole")
+    run(tmp_path / "parts", die_at=7)
+    resumed, resumed_model = run(tmp_path / "parts")
+    assert whole.result is not None and resumed.result is not None
+    for name, value in whole_model.state_dict().items():
+        assert torch.equal(resumed_model.state_dict()[name], value), name
+    assert dataclasses.asdict(resumed.result) | {"train_s": 0} == dataclasses.asdict(whole.result) | {"train_s": 0}
+    columns = ["kind", "step", "retain_batch_loss", "forget_batch_loss", "retain_loss", "kappa"]
+    tables = [read_records(tmp_path / name / "records").select(columns).to_pylist() for name in ("whole", "parts")]
+    assert str(tables[0]) == str(tables[1]), "no step is recorded twice, none is lost"
+
+
+def test_a_checkpoint_of_other_settings_is_refused(task: VisionTask, trained: nn.Module, tmp_path: Path) -> None:
+    run = TrainingRun(unlearning(), task, copy_of(trained), checkpoint_path=tmp_path / "c.pt")
+    exhaust(run)
+    run.save()
+    other = TrainingRun(unlearning(lr=0.02), task, copy_of(trained), checkpoint_path=tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="is of recipe"):
+        exhaust(other)
+    (tmp_path / "c.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        exhaust(TrainingRun(unlearning(), task, copy_of(trained), checkpoint_path=tmp_path / "c.pt"))
+
+
+def test_a_constraint_that_no_gradients_could_meet_is_refused(task: VisionTask, trained: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="larger than radius"):
+        TrainingRun(unlearning(constraint_ratio=1.5), task, copy_of(trained))
+
+
+def test_accumulation_over_parts_equals_one_batch(task: VisionTask, trained: nn.Module) -> None:
+    results = []
+    for size, parts in ((128, 1), (32, 4)):
+        model = copy_of(trained)
+        exhaust(TrainingRun(unlearning(batch_size=size, gradient_accumulation_steps=parts), task, model))
+        results.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
+    # 1e-5: float32 sums of the same losses in another order, over eleven steps.
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
