@@ -39,7 +39,7 @@ format: $(STAMP) ## let ruff format the code and mend what it can
 	$(PYTHON) -m ruff format .
 
 bench: $(STAMP) ## measure the figures of the README, on this machine
-	$(PYTHON) tests/benchmarks/run.py $(ARGS)
+	$(PYTHON) -m tests.benchmarks.run $(ARGS)
 
 venv: $(STAMP) ## build .venv
 

@@ -29,6 +29,7 @@ def unknown(kind: str, value: object, known: Iterable[str]) -> str:
     "unknown method 'hamuq'; did you mean 'hamu-q'? Known: ft, hamu-q"
     """
     names = sorted(str(name) for name in known)
-    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
+    by_lower = {name.lower(): name for name in names}
+    near = [by_lower[match] for match in difflib.get_close_matches(str(value).lower(), by_lower, n=1, cutoff=0.5)]
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {kind} {value!r}{hint} Known: {', '.join(names)}"

@@ -74,7 +74,7 @@ METHODS: dict[str, Method] = {
         Method(
             name="gru",
             summary="ascends the forget loss with the part against the retain set projected off",
-            source="GRU (tmlr-group), without moving average",
+            source="arXiv 2503.09117, without moving average unless gru_beta is set",
             rule=core.gru,
             retain=lambda settings: cross_entropy,
             forget=lambda settings: cross_entropy,

@@ -72,7 +72,8 @@ class Step:
     block, of {"direct", "rectified", "colinear", "infeasible", "zero_forget_grad", "combined"}. constraints: Q_b per block, nats.
     The floats are over all blocks: kappa; stopping_rhs and stopping_margin of the published criterion (it fires where the margin
     is positive, which never withholds updates); stopping_margins by rule; max_constraint_ratio (nan without lr);
-    predicted_*_change of the losses to first order, nats; gradient_product S. stop_reason: None, "infeasible" or "non_finite".
+    predicted_*_change of the losses to first order, nats; gradient_product S. stop_reason: None, "infeasible" or "non_finite"
+    (every branch then reads "infeasible").
     """
 
     updates: list[Tensor]
@@ -119,6 +120,8 @@ def decide_step(method: Method, grams: Grams, *, lr: float | None, rules: StepRu
         ),
         continue_infeasible=rules.on_infeasible == "continue",
     )
+    if limits.continue_infeasible and not np.isfinite(limits.constraint).all():
+        return _withheld(n_blocks, STOP_INFEASIBLE, constraint=float("inf"))  # raw softmax shares can overflow
     weights = method.rule(blocks, limits)
     is_withheld = not limits.continue_infeasible and bool((weights.branches == "infeasible").any())
     if is_withheld:
@@ -126,7 +129,7 @@ def decide_step(method: Method, grams: Grams, *, lr: float | None, rules: StepRu
     hardness = measure_hardness(method.name, blocks, limits, weights)
     repeat = n_blocks // len(blocks.cross)
     return Decision(
-        table=np.tile(weights.table, (repeat, 1)),
+        table=weights.table if repeat == 1 else np.tile(weights.table, (repeat, 1)),
         branches=tuple(weights.branches.tolist()) * repeat,
         constraints=tuple(limits.constraint.tolist()) * repeat,
         hardness=hardness,
@@ -181,18 +184,20 @@ def combine_gradients(
         normalize_split=normalize_split,
     )
     retain_grads, forget_grads = list(retain_grads), list(forget_grads)
+    if any(grad is None for grad in (*retain_grads, *forget_grads)):
+        raise ConfigError("gradient None: one tensor per block is the rule; pass zeros for a block that has no gradient")
     if not retain_grads or [g.shape for g in retain_grads] != [g.shape for g in forget_grads]:
         raise ConfigError(
             f"{len(retain_grads)} retain and {len(forget_grads)} forget gradients: one of each per block, of equal shapes, is the "
             "rule; pass zeros for a block that has no gradient"
         )
     layout = BlockLayout(retain_grads)
-    retain, forget = layout.flatten(retain_grads), layout.flatten(forget_grads)
-    decision = decide_step(found, layout.grams(retain, forget), lr=lr, rules=rules)
+    pair = layout.flatten(retain_grads, forget_grads)
+    decision = decide_step(found, layout.grams(pair), lr=lr, rules=rules)
     if decision.stop_reason is None:
-        updates = layout.views(layout.combine_(retain, forget, decision.table))
+        updates = layout.views(layout.combine_(pair, decision.table))
     else:
-        updates = layout.views(layout.zeros(retain.dtype))
+        updates = layout.views(pair[0].zero_())
     hardness = decision.hardness
     return Step(
         updates=updates,

@@ -30,6 +30,10 @@ ROUNDING = 1e-12
 """Relative slack of a feasibility test, so that a constraint of exactly R ||g_f|| counts as feasible."""
 
 
+BRANCHES = np.array(["rectified", "direct", "colinear", "infeasible", "zero_forget_grad"], dtype=object)
+"""Branches of HAMU's rules, by code; every other rule has the one branch "combined"."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepLimits:
     """What bounds a step, per block.
@@ -72,19 +76,19 @@ def _combined(grams: Grams, retain: float | np.ndarray, forget: float | np.ndarr
 
 
 def descend_retain(grams: Grams, limits: StepLimits) -> Weights:
-    """Fine-tune on retain rows: d = -lr g_r. Source: METHODS 2.2 (arXiv 2304.04934, baselines)."""
+    """Fine-tune on retain rows: d = -lr g_r. Source: arXiv 2304.04934, baselines."""
     return _combined(grams, -limits.lr, 0.0)
 
 
 def ascend_forget(grams: Grams, limits: StepLimits) -> Weights:
-    """Ascend the forget loss: d = lr g_f. Source: gradient ascent, METHODS 2.4."""
+    """Ascend the forget loss: d = lr g_f. Source: arXiv 2304.04934, baselines."""
     return _combined(grams, 0.0, limits.lr)
 
 
 def half_difference(grams: Grams, limits: StepLimits) -> Weights:
     """Descend the retain objective and ascend the forget objective alike: d = -lr (g_r - g_f) / 2.
 
-    Source: gradient difference; with the objectives of `kl` and `scrub` it is their paired form (METHODS 2.7, 3.1).
+    Source: gradient difference, arXiv 2401.06121; with the objectives of `kl` and `scrub` it is their paired form.
     """
     return _combined(grams, -limits.lr / 2, limits.lr / 2)
 
@@ -92,7 +96,7 @@ def half_difference(grams: Grams, limits: StepLimits) -> Weights:
 def gru(grams: Grams, limits: StepLimits) -> Weights:
     """Ascend the forget loss without raising the retain loss: d = lr (g_f - max(kappa, 0) / ||g_r||^2 g_r).
 
-    The objectives conflict where kappa > 0, since the step goes along +g_f. Source: GRU, METHODS 3.7, without moving average.
+    The objectives conflict where kappa > 0, since the step goes along +g_f. Source: GRU, arXiv 2503.09117.
     """
     conflict = _ratio(np.maximum(grams.cross, 0.0), grams.retain)
     return _combined(grams, -limits.lr * conflict, limits.lr)
@@ -120,7 +124,7 @@ def hamu_q(grams: Grams, limits: StepLimits) -> Weights:
     """
     radius, constraint = limits.radius, limits.constraint
     retain_norm, forget_norm, kappa = grams.retain_norm, grams.forget_norm, grams.cross
-    sin2 = sin_squared(grams)
+    sin2 = grams.sin2
     along_forget = _ratio(constraint, grams.forget)  # w_f of the shortest step that meets the constraint
     no_constraint_no_forget = (forget_norm == 0) & (constraint == 0)
     is_direct = (kappa * radius <= -constraint * retain_norm) & ((retain_norm > 0) | (constraint == 0))
@@ -136,12 +140,10 @@ def hamu_q(grams: Grams, limits: StepLimits) -> Weights:
     forget = np.where(is_direct | (is_infeasible & (not keep)), 0.0, along_forget)
     forget = forget + off_forget * _ratio(kappa, grams.forget)
     retain = np.where(is_direct, -_ratio(radius, retain_norm), -off_forget)
-    branches = np.select(
-        [is_direct, is_infeasible & keep & (forget_norm == 0), is_infeasible, is_colinear],
-        ["direct", "zero_forget_grad", "infeasible", "colinear"],
-        default="rectified",
-    ).astype(object)
-    return Weights(retain=retain, forget=forget, branches=branches)
+    codes = is_direct * 1 + is_colinear * 2 + is_infeasible * 3
+    if keep:
+        codes[is_infeasible & (forget_norm == 0)] = 4
+    return Weights(retain=retain, forget=forget, branches=BRANCHES[codes])
 
 
 def hamu_u(grams: Grams, limits: StepLimits) -> Weights:
@@ -151,12 +153,6 @@ def hamu_u(grams: Grams, limits: StepLimits) -> Weights:
     """
     swapped = hamu_q(grams.swapped(), limits)
     return Weights(retain=-swapped.forget, forget=-swapped.retain, branches=swapped.branches)
-
-
-def sin_squared(grams: Grams) -> np.ndarray:
-    """sin^2 of the angle between g_r and g_f per block, shape (n_blocks,); 0 where either is zero."""
-    product = grams.retain * grams.forget
-    return np.clip(_ratio(product - grams.cross**2, product), 0.0, 1.0)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -7,8 +7,10 @@ row, and one `index_add` sums rows to blocks: a handful of operations and one ho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +20,11 @@ ROW = 256
 """Elements a row: short enough that BatchNorm's small tensors waste little, long enough to keep the number of rows down."""
 
 SLAB_ROWS = 1 << 16
-"""Rows whose float64 copies exist at one time (2 x 128 MiB): bounds the extra memory on models of any size."""
+"""Rows whose float64 copies exist at one time (256 MiB): bounds the extra memory on models of any size."""
+
+COARSE_SIN2 = 1e-3
+"""sin^2 of the angle below which Grams summed in the gradients' own precision are not trusted: float32 sums of 256 products are
+good to about 1e-7 of ||g_r|| ||g_f||, so a sin^2 of 1e-3 to 1e-4 of itself."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +38,32 @@ class Grams:
     forget: np.ndarray
     cross: np.ndarray
 
-    @property
+    @cached_property
     def retain_norm(self) -> np.ndarray:
         """||g_r|| per block, shape (n_blocks,)."""
         return np.sqrt(self.retain)
 
-    @property
+    @cached_property
     def forget_norm(self) -> np.ndarray:
         """||g_f|| per block, shape (n_blocks,)."""
         return np.sqrt(self.forget)
 
+    @cached_property
+    def sin2(self) -> np.ndarray:
+        """sin^2 of the angle between g_r and g_f, shape (n_blocks,); 0 where either is zero."""
+        product = self.retain * self.forget
+        ratio = np.divide(product - self.cross**2, product, out=np.zeros_like(product), where=product != 0)
+        return np.minimum(np.maximum(ratio, 0.0), 1.0)
+
     @property
     def is_finite(self) -> bool:
         """Whether no gradient holds a NaN or an infinity (either would show in its own norm)."""
-        return bool(np.isfinite(self.retain).all() and np.isfinite(self.forget).all() and np.isfinite(self.cross).all())
+        return math.isfinite(float(np.add.reduce(self.retain) + np.add.reduce(self.forget)))
+
+    @property
+    def is_nearly_colinear(self) -> bool:
+        """Whether the angle in some block is so small that it takes Grams computed in float64 throughout."""
+        return bool(((self.sin2 < COARSE_SIN2) & (self.cross != 0)).any())
 
     def total(self) -> Grams:
         """Grams of the whole model as one block: inner products of concatenated vectors are sums over blocks."""
@@ -92,40 +110,49 @@ class BlockLayout:
         self._block_of_row = torch.repeat_interleave(torch.arange(self.n_blocks), torch.tensor(rows)).to(self.device)
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
-        """Make a buffer of zeros, shape (n_rows * ROW,)."""
-        return torch.zeros(self.n_rows * ROW, dtype=dtype, device=self.device)
+        """Make the buffers of a gradient pair, zeros, shape (2, n_rows * ROW): row 0 for g_r, row 1 for g_f."""
+        return torch.zeros(2, self.n_rows * ROW, dtype=dtype, device=self.device)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """Give one view per block into a buffer, in the blocks' shapes."""
-        return [buffer.as_strided(size, stride, start) for size, stride, start in self._places]
+        """Give one view per block into one row of the buffers, in the blocks' shapes."""
+        base = buffer.storage_offset()
+        return [buffer.as_strided(size, stride, base + start) for size, stride, start in self._places]
 
-    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Copy tensors, one per block, into a new buffer."""
-        dtype = tensors[0].dtype
-        for tensor in tensors[1:]:
+    @torch.no_grad()
+    def flatten(self, retain: Sequence[Tensor], forget: Sequence[Tensor]) -> Tensor:
+        """Copy two lists of tensors, one tensor per block, into new buffers of their widest dtype, float32 at least."""
+        dtype = torch.float32  # a step is lr times smaller than a gradient: half precision would lose it
+        for tensor in (*retain, *forget):
             dtype = torch.promote_types(dtype, tensor.dtype)
-        buffer = self.zeros(dtype)
-        torch._foreach_copy_(self.views(buffer), list(tensors))
-        return buffer
+        pair = self.zeros(dtype)
+        for buffer, tensors in zip(pair, (retain, forget), strict=True):
+            torch._foreach_copy_(self.views(buffer), list(tensors))
+        return pair
 
-    def gram_sums(self, retain: Tensor, forget: Tensor) -> Tensor:
-        """Compute the 2x2 Gram of each block on the device, in float64: shape (n_blocks, 2, 2). No host read."""
+    def gram_sums(self, pair: Tensor, *, precise: bool = True) -> Tensor:
+        """Compute the 2x2 Gram of each block on the device: shape (n_blocks, 2, 2), float64. No host read.
+
+        `precise` multiplies and sums in float64; otherwise only the sums over rows are float64 and nothing is copied.
+        """
         sums = torch.zeros(self.n_blocks, 2, 2, dtype=torch.float64, device=self.device)
-        pair = (retain.view(-1, ROW), forget.view(-1, ROW))
+        rows = pair.view(2, -1, ROW).transpose(0, 1)
         for start in range(0, self.n_rows, SLAB_ROWS):
-            slab = slice(start, start + SLAB_ROWS)
-            rows = torch.stack((pair[0][slab], pair[1][slab]), dim=1).double()
-            sums.index_add_(0, self._block_of_row[slab], torch.bmm(rows, rows.transpose(1, 2)))
+            slab = rows[start : start + SLAB_ROWS]
+            if precise:
+                slab = slab.double()
+            sums.index_add_(0, self._block_of_row[start : start + SLAB_ROWS], torch.bmm(slab, slab.transpose(1, 2)).double())
         return sums
 
-    def grams(self, retain: Tensor, forget: Tensor) -> Grams:
-        """Compute the Grams of two buffers; this reads the device once."""
-        return grams_of_sums(self.gram_sums(retain, forget).cpu().numpy())
+    def grams(self, pair: Tensor) -> Grams:
+        """Compute the Grams of a pair in float64; this reads the device once."""
+        return grams_of_sums(self.gram_sums(pair).cpu().numpy())
 
-    def combine_(self, retain: Tensor, forget: Tensor, weights: np.ndarray) -> Tensor:
-        """Overwrite the buffer `retain` with w_r g_r + w_f g_f; weights has shape (n_blocks, 2)."""
-        of_row = torch.from_numpy(weights).to(self.device)[self._block_of_row].to(retain.dtype)
-        return retain.view(-1, ROW).mul_(of_row[:, :1]).addcmul_(forget.view(-1, ROW), of_row[:, 1:]).view(-1)
+    def combine_(self, pair: Tensor, weights: np.ndarray) -> Tensor:
+        """Overwrite row 0 of the buffers with w_r g_r + w_f g_f and return it; weights has shape (n_blocks, 2)."""
+        of_row = torch.from_numpy(weights).to(self.device, pair.dtype)[self._block_of_row]
+        retain, forget = pair.view(2, -1, ROW)
+        retain.mul_(of_row[:, :1]).addcmul_(forget, of_row[:, 1:])
+        return pair[0]
 
 
 def grams_of_sums(sums: np.ndarray) -> Grams:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hamu.methods.core import StepLimits, Weights, sin_squared
+from hamu.methods.core import StepLimits, Weights
 from hamu.methods.gram import Grams
 
 SPLITS = ("grad_norm", "softmax_dp", "uniform")
@@ -53,6 +53,8 @@ def split_constraint(grams: Grams, total: float, split: str, *, normalize: bool 
     the total by the raw grad_norm or softmax_dp weight. Source: arXiv 2606.02119; the shift of the softmax and the zero blocks
     are ours.
     """
+    if total == 0:
+        return np.zeros_like(grams.cross)  # whatever the shares, which may overflow
     is_live = (grams.retain > 0) | (grams.forget > 0)
     if not is_live.any():
         is_live = ~is_live
@@ -85,7 +87,7 @@ def measure_hardness(method: str, grams: Grams, limits: StepLimits, weights: Wei
     raise the free loss, so the `feasible` bound is R_b ||g_f|| where kappa <= 0.
     """
     roles = grams.swapped() if method == "hamu-u" else grams
-    sin = np.sqrt(sin_squared(roles))
+    sin = np.sqrt(roles.sin2)
     reach = limits.radius * roles.forget_norm
     aggregate = float((reach * sin).sum())
     feasible = float((reach * np.where(roles.cross > 0, sin, 1.0)).sum())

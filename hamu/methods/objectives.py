@@ -17,16 +17,14 @@ Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 def cross_entropy(logits: Tensor, labels: Tensor, original_logits: Tensor | None = None) -> Tensor:
     """Negative log-probability of each label, in nats, shape (n,)."""
-    return F.cross_entropy(logits.float() if logits.element_size() < 4 else logits, labels, reduction="none")
+    return F.cross_entropy(_at_least_float32(logits), labels, reduction="none")
 
 
 def kl_to_original(logits: Tensor, labels: Tensor, original_logits: Tensor | None) -> Tensor:
-    """KL(original || current) of each label's distribution at temperature 1, in nats, shape (n,). Source: METHODS 2.7, 3.1."""
+    """KL(original || current) of each label's distribution at temperature 1, in nats, shape (n,). Source: SCRUB, arXiv 2302.09880, eq. 1."""
     assert original_logits is not None, "the engine passes the original model's logits to methods that need them"
-    if logits.element_size() < 4:
-        logits, original_logits = logits.float(), original_logits.float()
-    target = F.log_softmax(original_logits, dim=-1)
-    return F.kl_div(F.log_softmax(logits, dim=-1), target, reduction="none", log_target=True).sum(dim=-1)
+    target = F.log_softmax(_at_least_float32(original_logits), dim=-1)
+    return F.kl_div(F.log_softmax(_at_least_float32(logits), dim=-1), target, reduction="none", log_target=True).sum(dim=-1)
 
 
 def weighted(alpha: float, first: Objective, gamma: float, second: Objective) -> Objective:
@@ -36,3 +34,7 @@ def weighted(alpha: float, first: Objective, gamma: float, second: Objective) ->
         return alpha * first(logits, labels, original_logits) + gamma * second(logits, labels, original_logits)
 
     return objective
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.element_size() < 4 else logits

@@ -6,17 +6,18 @@ accumulation needs no code and the combination is two operations on the whole mo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hamu.methods.base import Method, MethodSettings
 from hamu.methods.combine import Decision, StepRules, decide_step
-from hamu.methods.gram import BlockLayout, clip_factors, grams_of_sums
+from hamu.methods.gram import BlockLayout, Grams, clip_factors, grams_of_sums
 
 BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)
 
@@ -77,9 +78,9 @@ class PairedEngine:
         self._settings = settings or MethodSettings()
         self._freeze_batchnorm, self._autocast = freeze_batchnorm, autocast
         self._forward: nn.Module = torch.compile(model) if compile_model else model  # type: ignore[assignment]
-        dtype = self.params[0].dtype
-        self._buffers = {role: self.layout.zeros(dtype) for role in ("retain", "forget")}
-        self._views = {role: self.layout.views(buffer) for role, buffer in self._buffers.items()}
+        self.pair = self.layout.zeros(self.params[0].dtype)
+        """Both gradients, unclipped: row 0 retain, row 1 forget."""
+        self._views = [self.layout.views(buffer) for buffer in self.pair]
         self._losses = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
         self.average_retain: Tensor | None = None
         """GRU's moving average of the clipped retain gradient, a flat buffer; part of a checkpoint."""
@@ -95,13 +96,13 @@ class PairedEngine:
     def gradients(self, retain_parts: Sequence[BatchLike], forget_parts: Sequence[BatchLike]) -> None:
         """Fill both gradient buffers: the retain passes, then the forget passes. A role that the method has not stays zero."""
         self._losses.zero_()
-        for index, (role, parts) in enumerate((("retain", retain_parts), ("forget", forget_parts))):
-            self._buffers[role].zero_()
-            build = self.method.retain if role == "retain" else self.method.forget
+        self.pair.zero_()
+        roles = ((self.method.retain, retain_parts), (self.method.forget, forget_parts))
+        for index, (build, parts) in enumerate(roles):
             if build is None:
                 continue
             objective = build(self._settings)
-            for param, view in zip(self.params, self._views[role], strict=True):
+            for param, view in zip(self.params, self._views[index], strict=True):
                 param.grad = view
             n_labels = sum(len(part.labels) for part in parts)
             for part in parts:
@@ -113,32 +114,43 @@ class PairedEngine:
                 self._losses[index] += loss.detach()
 
     def decide(self, *, lr: float, rules: StepRules, max_grad_norm: float | None) -> StepReport:
-        """Turn the buffers' Grams into weights. Reads the device once (twice with GRU's moving average)."""
-        sums = self.layout.gram_sums(self._buffers["retain"], self._buffers["forget"])
-        host = torch.cat([sums.flatten(), self._losses]).cpu().numpy()
-        grams = grams_of_sums(host[:-2].reshape(-1, 2, 2))
+        """Turn the pair's Grams into weights.
+
+        Reads the device once; once more where the gradients of some block are nearly colinear, so that Grams in float64 are
+        needed, and with GRU's moving average.
+        """
+        grams, losses = self._read(precise=False)
+        if grams.is_nearly_colinear:
+            grams, losses = self._read(precise=True)
         factors = clip_factors(grams, max_grad_norm)
         clipped = grams.scaled(*factors)
         if self._settings.gru_beta > 0 and self.method.name == "gru" and grams.is_finite:
             self._average_retain(factors[0])
             factors = (1.0, factors[1])
-            clipped = self.layout.grams(self._buffers["retain"], self._buffers["forget"]).scaled(*factors)
+            clipped = self.layout.grams(self.pair).scaled(*factors)
         decision = decide_step(self.method, clipped, lr=lr, rules=rules)
         # The buffers hold unclipped gradients: the clip factors go into the weights.
         decision = replace(decision, table=decision.table * factors)
         return StepReport(
             decision=decision,
-            retain_loss=float(host[-2]),
-            forget_loss=float(host[-1]),
+            retain_loss=float(losses[0]),
+            forget_loss=float(losses[1]),
             retain_grad_norm=float(grams.retain.sum() ** 0.5),
             forget_grad_norm=float(grams.forget.sum() ** 0.5),
         )
 
-    def apply(self, decision: Decision, optimizer: torch.optim.Optimizer, *, lr: float) -> None:
-        """Hand -update / lr to the optimizer as every parameter's gradient and let it step; plain SGD then adds the update."""
-        self.layout.combine_(self._buffers["retain"], self._buffers["forget"], decision.table / -lr)
-        for param, view in zip(self.params, self._views["retain"], strict=True):
+    @torch.no_grad()
+    def apply(self, decision: Decision, *, lr: float, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Change the weights: by the update itself (plain SGD), or by a step of `optimizer` on -update / lr as gradient."""
+        if optimizer is None:
+            self.layout.combine_(self.pair, decision.table)
+            torch._foreach_add_(self.params, self._views[0])
+            return
+        self.layout.combine_(self.pair, decision.table / -lr)
+        for param, view in zip(self.params, self._views[0], strict=True):
             param.grad = view
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -146,6 +158,11 @@ class PairedEngine:
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(self.layout.device.type, dtype=self._autocast)
+
+    def _read(self, *, precise: bool) -> tuple[Grams, np.ndarray]:
+        """Grams and losses, in one read of the device."""
+        host = torch.cat([self.layout.gram_sums(self.pair, precise=precise).flatten(), self._losses]).cpu().numpy()
+        return grams_of_sums(host[:-2].reshape(-1, 2, 2)), host[-2:]
 
     def _original_logits(self, part: BatchLike) -> Tensor | None:
         if not self.method.needs_original:
@@ -155,16 +172,11 @@ class PairedEngine:
             return self.task.logits(self.original, part)
 
     def _average_retain(self, factor: float) -> None:
-        # m = beta g_r + (1 - beta) m_prev, started at g_r (METHODS 3.7); m takes the place of g_r.
-        retain, beta = self._buffers["retain"], self._settings.gru_beta
+        # GRU (arXiv 2503.09117): m = beta g_r + (1 - beta) m_prev, started at g_r; m takes the place of g_r.
+        retain, beta = self.pair[0], self._settings.gru_beta
         retain.mul_(factor)
         if self.average_retain is None:
             self.average_retain = retain.clone()
         else:
             self.average_retain.lerp_(retain, beta)
         retain.copy_(self.average_retain)
-
-
-def make_parts(positions: Tensor, size: int) -> Iterable[Tensor]:
-    """Cut a step's positions into micro-batches of at most `size` rows."""
-    return positions.split(size)

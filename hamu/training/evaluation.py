@@ -30,7 +30,7 @@ def evaluate(task: Task, model: nn.Module, *, batch_size: int, autocast: Abstrac
         `{retain,forget,test}_{loss,accuracy,entropy}` (nats; accuracy in [0, 1]) and membership AUCs:
         `retain_forget_loss_auc` = P(forget loss > retain loss), `forget_test_loss_auc` = P(test loss > forget loss),
         `retain_forget_min_k_auc` = P(retain score > forget score), `forget_test_min_k_auc` = P(forget score > test score).
-        Source: METHODS 5, HAMU panel. Splits without rows are left out.
+        Splits without rows are left out.
     """
     model.eval()
     metrics: dict[str, float] = {}

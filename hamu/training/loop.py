@@ -32,7 +32,7 @@ from hamu.training.config import TrainConfig, check_constraint
 from hamu.training.engine import PairedEngine, StepReport
 from hamu.training.evaluation import evaluate
 from hamu.training.records import Recorder
-from hamu.training.schedule import make_optimizer, make_schedule
+from hamu.training.schedule import lr_factor, make_optimizer
 from hamu.training.stop import StopReason
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,6 @@ class TrainingRun:
         self.total_steps = max(1, round(config.training.num_train_epochs * steps_per_epoch))
         self._every = {kind: config.logging.every(kind, steps_per_epoch) for kind in ("logging", "eval", "save")}
         self.optimizer = make_optimizer(config, self.engine.params)
-        self.schedule = make_schedule(config, self.optimizer, self.total_steps)
         self.step = 0
         self.train_s = 0.0
         self.result: RunResult | None = None
@@ -161,6 +160,11 @@ class TrainingRun:
         self._best: dict[str, Any] = {}
         self._evaluated_at = -1
         self._started = time.perf_counter()
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self.config.lr * lr_factor(self.config.training.lr_scheduler_type, self.step, self.total_steps)
 
     def request_stop(self, reason: StopReason) -> None:
         """Ask the run to end before its next step (a signal, a user); the model and the metrics are kept."""
@@ -194,22 +198,21 @@ class TrainingRun:
     def _take_step(self) -> StepReport:
         """One step of the method: gradients, Grams, stopping, weights, optimizer."""
         retain_parts, forget_parts = self._batches()
-        lr = self.schedule.get_last_lr()[0]
+        lr = self.lr
         self.engine.gradients(retain_parts, forget_parts)
         report = self.engine.decide(lr=lr, rules=self._rules(lr), max_grad_norm=self.config.training.max_grad_norm)
         if not self._hardness and self.method.is_constrained:
             self._note_hardness(report)
         self._check_step(report)
         if self._stop is None:
-            self.engine.apply(report.decision, self.optimizer, lr=lr)
-            self.schedule.step()
+            self.engine.apply(report.decision, lr=lr, optimizer=self.optimizer)
             self.step += 1
         return report
 
     def measure_hardness(self) -> dict[str, float]:
         """S, the largest feasible constraint ratio and kappa at the first batches, without a step."""
         self.engine.set_training_mode()
-        lr = self.schedule.get_last_lr()[0]
+        lr = self.lr
         self.engine.gradients(*self._batches())
         return _hardness_columns(self.engine.decide(lr=lr, rules=self._rules(lr), max_grad_norm=self.config.training.max_grad_norm))
 
@@ -227,8 +230,7 @@ class TrainingRun:
                 "train_s": self.train_s,
                 "wall_s": time.perf_counter() - self._started,
                 "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
+                "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
                 "average_retain": self.engine.average_retain,
                 "rng": torch.get_rng_state(),
                 "before": self._before,
@@ -247,8 +249,8 @@ class TrainingRun:
                 "a run resumes with the settings it began with: give those, or another output folder"
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
         if state["average_retain"] is not None:
             self.engine.average_retain = state["average_retain"].to(self.engine.layout.device)
         torch.set_rng_state(state["rng"])

@@ -1,26 +1,30 @@
-"""The inner optimizer and the learning-rate schedule of a run."""
+"""The learning rate of each step and the inner optimizer of a run."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import get_scheduler
 
 from hamu.training.config import TrainConfig
 
 
-def make_optimizer(config: TrainConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Plain SGD, whose step is the update exactly, or AdamW (training, or `use_optimizer`)."""
-    if config.optimizer_name == "adamw":
-        return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.training.weight_decay, foreach=True)
-    return torch.optim.SGD(params, lr=config.lr, foreach=True)
+def make_optimizer(config: TrainConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
+    """AdamW for training or with `use_optimizer`; None for plain SGD, which adds the update and has no state."""
+    if config.optimizer_name == "sgd":
+        return None
+    return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.training.weight_decay, foreach=True)
 
 
-def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """Learning rate of each step; the radius and the constraint follow it. No warm-up."""
-    return get_scheduler(
-        config.training.lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=total_steps
-    )
+def lr_factor(schedule: str, step: int, total_steps: int) -> float:
+    """Share of the learning rate at a step, in (0, 1]; the radius and the constraint follow it. No warm-up.
+
+    constant: 1. linear: 1 - step / total. cosine: (1 + cos(pi step / total)) / 2.
+    """
+    if schedule == "linear":
+        return 1 - step / total_steps
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * step / total_steps)) / 2
+    return 1.0

@@ -56,7 +56,6 @@ def test_ten_steps_equal_the_reference(case: dict[str, Any]) -> None:
 
     model = small_model()
     engine = PairedEngine(PlainTask(), model, METHODS[params["method"]])
-    optimizer = torch.optim.SGD(engine.params, lr=params["lr"])
     rules = StepRules(constraint=params["constraint"])
     for index, expected in enumerate(case["expected"]["steps"]):
         parts = {}
@@ -80,6 +79,6 @@ def test_ten_steps_equal_the_reference(case: dict[str, Any]) -> None:
             assert value == pytest.approx(expected[key], rel=1e-9), f"{key} at step {index}"
         assert list(report.decision.branches) == expected["branches"]
         assert list(report.decision.constraints) == pytest.approx(expected["local_constraints"], rel=1e-9)
-        engine.apply(report.decision, optimizer, lr=params["lr"])
+        engine.apply(report.decision, lr=params["lr"])
         weights = torch.cat([param.detach().flatten() for param in model.parameters()]).numpy()
         np.testing.assert_allclose(weights, ARRAYS[f"{case['arrays']}/weights_after_each_step"][index], rtol=1e-9, atol=1e-12)

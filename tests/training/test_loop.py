@@ -79,7 +79,8 @@ def test_every_method_runs_the_same_number_of_steps_and_changes_the_model(
 
 
 def test_hamu_q_forgets_and_keeps_retain_accuracy(task: VisionTask, trained: nn.Module) -> None:
-    run = TrainingRun(unlearning(constraint_ratio=0.1, lr=0.05, epochs=2), task, copy_of(trained))
+    largest = TrainingRun(unlearning(), task, copy_of(trained)).measure_hardness()["max_constraint_ratio"]
+    run = TrainingRun(unlearning(constraint_ratio=0.3 * largest, lr=0.3, epochs=2), task, copy_of(trained))
     exhaust(run)
     result = run.result
     assert result is not None

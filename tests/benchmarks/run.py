@@ -1,0 +1,69 @@
+"""All benchmarks, each in a process of its own; prints a table and keeps the figures with date and hardware.
+
+    make bench
+
+Writes tests/benchmarks/results/bench.json. Each figure stands beside the limit that the project holds itself to; the exit code
+is 1 if one is missed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks import bench_combine, bench_quickstart, bench_step
+from tests.benchmarks.measure import hardware, has_bf16
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def in_own_process(measure: Callable[[], Any]) -> Any:
+    """Run one benchmark where no other's threads, caches or compiled graphs are."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure)
+
+
+def main() -> int:
+    """Measure everything, write and print it."""
+    figures: dict[str, Any] = {"date": datetime.date.today().isoformat(), "hardware": hardware()}
+    for name, module in (("combine", bench_combine), ("step", bench_step), ("quickstart", bench_quickstart)):
+        print(f"{name} ...", flush=True)
+        figures[name] = in_own_process(module.measure)
+    combine, step, quick = figures["combine"], figures["step"], figures["quickstart"]
+    checks = [
+        ("combine step, times faster than per tensor", combine["speedup"], ">=", 8.0),
+        ("combine step, share of two backward passes", combine["share_of_two_passes"], "<=", 0.003),
+        ("step, channels-last against contiguous eager", step["channels_last"]["speedup"], ">=", 1.25),
+        ("loading, share of a step", step["channels_last"]["loading_share"], "<=", 0.02),
+        ("quickstart: wall_s", quick["wall_s"], "<=", quick["wall_limit_s"]),
+        ("quickstart: warm slot's set-up, s", quick["warm_setup_max_s"], "<=", 0.5),
+        ("quickstart: the whole command, s", quick["command_s"], "<=", 150.0),
+        ("quickstart: trials on the front", quick["front"], ">=", 4),
+        ("quickstart: trials ended within 5 steps", quick["within_5_steps"], "<=", quick["trials"] / 4),
+    ]
+    if has_bf16():
+        checks.insert(3, ("step, bf16 against contiguous eager", step["bf16"]["speedup"], ">=", 2.2))
+    figures["checks"] = [
+        {"what": what, "value": value, "rule": rule, "limit": limit, "met": value >= limit if rule == ">=" else value <= limit}
+        for what, value, rule, limit in checks
+    ]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "bench.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"\n{figures['hardware']}, {figures['date']}\n")
+    print(f"{'step variant':16s} {'start-up s':>10s} {'ms a step':>10s} {'times eager':>12s}")
+    for name, row in step.items():
+        print(f"{name:16s} {row['startup_s']:10.2f} {row['step_ms']:10.1f} {row['speedup']:12.2f}")
+    print()
+    for check in figures["checks"]:
+        mark = "met   " if check["met"] else "MISSED"
+        print(f"{mark} {check['what']:48s} {check['value']:10.4g} {check['rule']} {check['limit']:.4g}")
+    return 0 if all(check["met"] for check in figures["checks"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
