@@ -66,9 +66,7 @@ def decode_images(
         try:
             image = image.convert("L" if n_channels == 1 else "RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(
-                f"{name} has a broken image in row {row} ({one_line(error)}); mend or drop the row"
-            ) from error
+            raise DataError(f"{name} has a broken image in row {row} ({one_line(error)}); mend or drop the row") from error
         if (image.height, image.width) != size:
             image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
         array = np.asarray(image)
@@ -128,9 +126,7 @@ def decode_labels(
         numbers = pc.index_in(column, value_set=pa.array(class_names, type=column.type))
         if numbers.null_count:
             strange = pc.filter(column, pc.is_null(numbers))[0].as_py()
-            raise DataError(
-                f"{name} has the label {strange!r}, which is none of the {len(class_names)} training classes"
-            )
+            raise DataError(f"{name} has the label {strange!r}, which is none of the {len(class_names)} training classes")
         return numbers.to_numpy().astype(np.int64), class_names
     if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
         raise DataError(f"{name} holds {column.type} where labels should be; name them with --dataset_response_field")

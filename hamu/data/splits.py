@@ -46,9 +46,7 @@ class ForgetSet:
             object.__setattr__(self, "sha256", sha256_arrays(self.forget, self.retain))
 
 
-def draw_forget_set(
-    labels: np.ndarray, *, forget_class: int, rho: float, seed: int, split_ratio: float = 0.1
-) -> ForgetSet:
+def draw_forget_set(labels: np.ndarray, *, forget_class: int, rho: float, seed: int, split_ratio: float = 0.1) -> ForgetSet:
     """Draw the rows to forget: one class, with a share `rho` of it swapped for random others.
 
     With K the rows of the class and m = int(rho |K|): rho = 0 forgets K; 0 < rho < 1 forgets |K| - m rows of K and m

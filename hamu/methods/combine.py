@@ -90,12 +90,15 @@ class Step:
     stop_reason: str | None
 
 
-def decide_step(method: Method, grams: Grams, *, lr: float | None, rules: StepRules) -> Decision:
+def decide_step(
+    method: Method, grams: Grams, *, lr: float | None, rules: StepRules, clip: tuple[float, float] = (1.0, 1.0)
+) -> Decision:
     """Turn the Grams of a gradient pair into weights: the whole of a method's step but for the linear combination.
 
     Args:
         method: whose rule decides.
-        grams: per block, after clipping.
+        grams: per block, of the gradients as they are.
+        clip: factors that clip g_r and g_f; the rule sees the clipped Grams, and the weights are those of unclipped gradients.
         lr: learning rate, > 0; None where a radius is given and the method needs none.
         rules: constraint, radius and how to treat them.
 
@@ -103,12 +106,16 @@ def decide_step(method: Method, grams: Grams, *, lr: float | None, rules: StepRu
         ConfigError: the method needs a learning rate and has none.
     """
     if lr is None and (rules.radius is None or not method.is_constrained):
-        raise ConfigError(f"lr None: method {method.name!r} needs a learning rate > 0; give lr, or for hamu-q and hamu-u a radius")
+        raise ConfigError(
+            f"lr None: method {method.name!r} needs a learning rate > 0; give lr, or for hamu-q and hamu-u a radius"
+        )
     if lr is not None and not (math.isfinite(lr) and lr > 0):
         raise ConfigError(f"lr {lr} must be a finite number > 0; give a positive learning rate")
     n_blocks = len(grams.cross)
     if not grams.is_finite:
         return _withheld(n_blocks, STOP_NON_FINITE, constraint=float("nan"))
+    if clip != (1.0, 1.0):
+        grams = grams.scaled(*clip)
     blocks = grams.total() if rules.full_grad or method.one_block else grams
     # Limits belong to the pair that the rule reads: HAMU-U's radius and split are those of (-g_f, -g_r).
     roles = blocks.swapped() if method.name == "hamu-u" else blocks
@@ -129,7 +136,7 @@ def decide_step(method: Method, grams: Grams, *, lr: float | None, rules: StepRu
     hardness = measure_hardness(method.name, blocks, limits, weights)
     repeat = n_blocks // len(blocks.cross)
     return Decision(
-        table=weights.table if repeat == 1 else np.tile(weights.table, (repeat, 1)),
+        table=np.tile(weights.table * clip, (repeat, 1)) if repeat > 1 else weights.table * clip,
         branches=tuple(weights.branches.tolist()) * repeat,
         constraints=tuple(limits.constraint.tolist()) * repeat,
         hardness=hardness,
@@ -188,8 +195,8 @@ def combine_gradients(
         raise ConfigError("gradient None: one tensor per block is the rule; pass zeros for a block that has no gradient")
     if not retain_grads or [g.shape for g in retain_grads] != [g.shape for g in forget_grads]:
         raise ConfigError(
-            f"{len(retain_grads)} retain and {len(forget_grads)} forget gradients: one of each per block, of equal shapes, is the "
-            "rule; pass zeros for a block that has no gradient"
+            f"{len(retain_grads)} retain and {len(forget_grads)} forget gradients: one of each per block, of equal shapes, "
+            "is the rule; pass zeros for a block that has no gradient"
         )
     layout = BlockLayout(retain_grads)
     pair = layout.flatten(retain_grads, forget_grads)

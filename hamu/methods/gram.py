@@ -85,8 +85,8 @@ def clip_factors(grams: Grams, max_grad_norm: float | None) -> tuple[float, floa
     """
     if not max_grad_norm:
         return 1.0, 1.0
-    factors = [min(1.0, max_grad_norm / (float(np.sqrt(part.sum())) + 1e-6)) for part in (grams.retain, grams.forget)]
-    return factors[0], factors[1]
+    retain, forget = (min(1.0, max_grad_norm / (math.sqrt(part.sum()) + 1e-6)) for part in (grams.retain, grams.forget))
+    return retain, forget
 
 
 class BlockLayout:

@@ -21,7 +21,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, original_logits: Tensor | None
 
 
 def kl_to_original(logits: Tensor, labels: Tensor, original_logits: Tensor | None) -> Tensor:
-    """KL(original || current) of each label's distribution at temperature 1, in nats, shape (n,). Source: SCRUB, arXiv 2302.09880, eq. 1."""
+    """KL(original || current) of each label's distribution, in nats, shape (n,).
+
+    Source: SCRUB, arXiv 2302.09880, eq. 1, at temperature 1.
+    """
     assert original_logits is not None, "the engine passes the original model's logits to methods that need them"
     target = F.log_softmax(_at_least_float32(original_logits), dim=-1)
     return F.kl_div(F.log_softmax(_at_least_float32(logits), dim=-1), target, reduction="none", log_target=True).sum(dim=-1)

@@ -175,9 +175,7 @@ def _new_torchvision(model_name: str, *, n_classes: int, n_channels: int, img_si
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"did you mean '{_TORCHVISION}{near[0]}'? " if near else ""
-        raise ConfigError(
-            f"unknown model {model_name!r}; {hint}torchvision.models.list_models() names the {len(known)} known"
-        )
+        raise ConfigError(f"unknown model {model_name!r}; {hint}torchvision.models.list_models() names the {len(known)} known")
     if n_channels != 3:
         raise ConfigError(f"model {model_name!r} takes 3-channel images, got {n_channels}; use 'resnet20'")
     settings: dict[str, Any] = {"image_size": img_size} if name.startswith("vit_") and img_size else {}
@@ -235,9 +233,7 @@ def _offline_first(load: Callable[..., Any], name: str, **settings: Any) -> Any:
         ours = ["resnet20", *(_TORCHVISION + known for known in _torchvision_names())]
         near = difflib.get_close_matches(name, ours, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ":"
-        raise ConfigError(
-            f"unknown model {name!r}{hint} give resnet20, torchvision/<name>, a hub name owner/model or a folder"
-        )
+        raise ConfigError(f"unknown model {name!r}{hint} give resnet20, torchvision/<name>, a hub name owner/model or a folder")
     with _quiet():
         try:
             with offline():

@@ -198,9 +198,7 @@ def _place_labels(
         bottom = y + shifts[:, 1] - height / 2
         boxes = np.column_stack([left, bottom, left + width, bottom + height])
         outside = width * height - _shared_areas(boxes, border)
-        costs = (
-            _shared_areas(boxes, np.array(taken)) + 4.0 * outside + 0.002 * width * height * np.hypot(*shifts.T) / unit
-        )
+        costs = _shared_areas(boxes, np.array(taken)) + 4.0 * outside + 0.002 * width * height * np.hypot(*shifts.T) / unit
         best = int(np.argmin(costs))
         taken.append(tuple(boxes[best]))
         side = ("left", 0.0) if offsets[best][0] >= 0 else ("right", 1.0)

@@ -119,9 +119,7 @@ def render_page(rows: Sequence[Row], summary: Mapping[str, Any], png: bytes) -> 
         base64.b64encode(png).decode("ascii")
     }">
 <h2>Pareto front</h2><p>Trials that no other beats on both axes.{same}</p>{front}
-<h2>Best of each method</h2><p>The most forgetting that keeps retain accuracy; else the highest retain accuracy.</p>{
-        best
-    }
+<h2>Best of each method</h2><p>The most forgetting that keeps retain accuracy; else the highest retain accuracy.</p>{best}
 <h2>All trials</h2><p>Click a heading to sort.</p>{everything}
 <h2>How to read this</h2>{_notes()}
 <script>{_SCRIPT}</script></body></html>
@@ -215,8 +213,7 @@ def _notes() -> str:
         "The setting to use is the trial of the front with the most forgetting among those whose retain accuracy is at "
         f"most {percent} points under the original's. It was chosen and is reported on the same rows, so expect a "
         "little less on others.",
-        "Test rows hold all classes, so the test accuracy falls by the forgotten class's share where a whole class is "
-        "forgotten.",
+        "Test rows hold all classes, so the test accuracy falls by the forgotten class's share where a whole class is forgotten.",
         "The ratio is the constraint divided by the learning rate. S is the sum over blocks of the product of the "
         "lengths of the clipped retain and forget gradients; it bounds the ratio from above and shrinks as the model "
         "converges. A HAMU trial whose ratio asks for more than the gradients allow stops as infeasible; one that did "

@@ -90,9 +90,7 @@ def best_settings(rows: Sequence[Row]) -> list[dict[str, Any]]:
             row = recommended(own) or max(own, key=_retain_accuracy)
             is_chosen = chosen is not None and row.get("trial_id") == chosen.get("trial_id")
             best.append({**row, "is_recommended": is_chosen, "keeps_retain_accuracy": keeps_retain_accuracy(row)})
-    return sorted(
-        best, key=lambda row: (not row["is_recommended"], not row["keeps_retain_accuracy"], -row["forget_quality"])
-    )
+    return sorted(best, key=lambda row: (not row["is_recommended"], not row["keeps_retain_accuracy"], -row["forget_quality"]))
 
 
 def _retain_accuracy(row: Row) -> float:

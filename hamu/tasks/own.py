@@ -62,9 +62,7 @@ class OwnTask(RowsInMemory):
         parts["test"] = _read(test, "test") if test is not None else (inputs[:0], labels[:0])
         for split, (other, _) in parts.items():
             if other.shape[1:] != inputs.shape[1:] or other.dtype != inputs.dtype:
-                raise DataError(
-                    f"{split} inputs are {_describe(other)} a row, retain inputs {_describe(inputs)}; give one form"
-                )
+                raise DataError(f"{split} inputs are {_describe(other)} a row, retain inputs {_describe(inputs)}; give one form")
         n_retain, n_forget = len(labels), len(parts["forget"][1])
         hashes = {split: sha256_arrays(rows[0].numpy(), rows[1].numpy()) for split, rows in parts.items()}
         forget_set = ForgetSet(

@@ -53,9 +53,7 @@ class VisionTask(RowsInMemory):
             ConfigError: fewer outputs than classes, `k_pct` out of range, or colour images for a grey model.
         """
         if n_classes is not None and n_classes < data.n_classes:
-            raise ConfigError(
-                f"num_labels is {n_classes}, but {data.name!r} has {data.n_classes} classes; give as many"
-            )
+            raise ConfigError(f"num_labels is {n_classes}, but {data.name!r} has {data.n_classes} classes; give as many")
         if not 0.0 < k_pct <= 1.0:
             raise ConfigError(f"k_pct is {k_pct}; it is a share of the labels: give more than 0, at most 1")
         super().__init__(
@@ -99,9 +97,7 @@ class VisionTask(RowsInMemory):
         """Return the classifier to train from: new weights drawn from `seed`, or those that its name brings."""
         side = (self.resize_to or self.data.img_size)[0]
         return self._placed(
-            build_classifier(
-                self.model_name, n_classes=self.n_classes, n_channels=self.n_channels, img_size=side, seed=seed
-            )
+            build_classifier(self.model_name, n_classes=self.n_classes, n_channels=self.n_channels, img_size=side, seed=seed)
         )
 
     def load_model(self, path: str | Path) -> nn.Module:

@@ -65,8 +65,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         return json.loads((folder / RECORD_NAME).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"model folder {str(folder)!r} has no readable {RECORD_NAME}; a folder made by this program has one: train it again, or "
-            "give --model_name a folder of your own"
+            f"model folder {str(folder)!r} has no readable {RECORD_NAME}; a folder made by this program has one: train it "
+            "again, or give --model_name a folder of your own"
         ) from error
 
 

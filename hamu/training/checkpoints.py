@@ -28,6 +28,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a broken file
         raise CheckpointError(
-            f"checkpoint {str(path)!r} cannot be read ({type(error).__name__}); a checkpoint is one file written by this program: "
-            "remove it to start the run again"
+            f"checkpoint {str(path)!r} cannot be read ({type(error).__name__}); a checkpoint is one file written by this "
+            "program: remove it to start the run again"
         ) from error

@@ -41,9 +41,7 @@ def check_together(config: TrainConfig) -> None:
             f"or use unlearning_method none, not {config.method_name!r}"
         )
     if config.is_unlearning and config.data.add_forget_to_train:
-        raise ConfigError(
-            f"add_forget_to_train is for training an original; leave it out with method {config.method_name!r}"
-        )
+        raise ConfigError(f"add_forget_to_train is for training an original; leave it out with method {config.method_name!r}")
 
 
 def _check_pairing(config: TrainConfig) -> None:
@@ -76,9 +74,7 @@ def _check_text_only(config: TrainConfig) -> None:
     if data.add_duplicate_to_retain:
         raise ConfigError("add_duplicate_to_retain is for text; leave it out for images")
     if data.dataset_repeat != 1:
-        raise ConfigError(
-            f"dataset_repeat {data.dataset_repeat} is for text; for images multiply num_train_epochs by it instead"
-        )
+        raise ConfigError(f"dataset_repeat {data.dataset_repeat} is for text; for images multiply num_train_epochs by it instead")
     if training.add_lora:
         raise ConfigError("add_lora is for text models; leave it out for images")
 

@@ -6,10 +6,11 @@ accumulation needs no code and the combination is two operations on the whole mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class BatchLike(Protocol):
 class LogitsTask(Protocol):
     """What the engine asks of a task."""
 
-    def logits(self, model: nn.Module, batch: BatchLike) -> Tensor:
+    def logits(self, model: nn.Module, batch: Any) -> Tensor:
         """Logits of every label of a batch, shape (n_labels, classes)."""
         ...
 
@@ -73,7 +74,7 @@ class PairedEngine:
         compile_model: bool = False,
     ) -> None:
         self.task, self.model, self.method, self.original = task, model, method, original
-        self.params = [param for param in model.parameters() if param.requires_grad]
+        self.params: list[Tensor] = [param for param in model.parameters() if param.requires_grad]
         self.layout = BlockLayout(self.params)
         self._settings = settings or MethodSettings()
         self._freeze_batchnorm, self._autocast = freeze_batchnorm, autocast
@@ -122,21 +123,18 @@ class PairedEngine:
         grams, losses = self._read(precise=False)
         if grams.is_nearly_colinear:
             grams, losses = self._read(precise=True)
-        factors = clip_factors(grams, max_grad_norm)
-        clipped = grams.scaled(*factors)
+        clip = clip_factors(grams, max_grad_norm)
+        of_step = grams
         if self._settings.gru_beta > 0 and self.method.name == "gru" and grams.is_finite:
-            self._average_retain(factors[0])
-            factors = (1.0, factors[1])
-            clipped = self.layout.grams(self.pair).scaled(*factors)
-        decision = decide_step(self.method, clipped, lr=lr, rules=rules)
-        # The buffers hold unclipped gradients: the clip factors go into the weights.
-        decision = replace(decision, table=decision.table * factors)
+            self._average_retain(clip[0])
+            clip, of_step = (1.0, clip[1]), self.layout.grams(self.pair)
+        decision = decide_step(self.method, of_step, lr=lr, rules=rules, clip=clip)
         return StepReport(
             decision=decision,
             retain_loss=float(losses[0]),
             forget_loss=float(losses[1]),
-            retain_grad_norm=float(grams.retain.sum() ** 0.5),
-            forget_grad_norm=float(grams.forget.sum() ** 0.5),
+            retain_grad_norm=math.sqrt(grams.retain.sum()),
+            forget_grad_norm=math.sqrt(grams.forget.sum()),
         )
 
     @torch.no_grad()

@@ -137,9 +137,7 @@ def check_range(
         raise ConfigError(f"{name} must be {rule or 'finite'}, got {value!r}" + (f"; {mend}" if mend else ""))
 
 
-def merge_known(
-    given: Mapping[str, Any], known: Mapping[str, tuple[type, bool]], aliases: Mapping[str, str]
-) -> dict[str, Any]:
+def merge_known(given: Mapping[str, Any], known: Mapping[str, tuple[type, bool]], aliases: Mapping[str, str]) -> dict[str, Any]:
     """Turn a flat mapping into one with canonical names and values of the right type.
 
     Raises:

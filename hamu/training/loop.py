@@ -1,9 +1,9 @@
 """One run from its first step to its end: `TrainingRun` is the loop that every entry shares (CLI, sweep, `hamu.unlearn`).
 
-    run = TrainingRun(config, task, model, original=original)
-    for report in run:      # one dict per recorded step or evaluation
-        ...
-    run.result
+run = TrainingRun(config, task, model, original=original)
+for report in run:      # one dict per recorded step or evaluation
+    ...
+run.result
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import copy
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from hamu.training.checkpoints import load_checkpoint, save_checkpoint
 from hamu.training.config import TrainConfig, check_constraint
 from hamu.training.engine import PairedEngine, StepReport
 from hamu.training.evaluation import evaluate
+from hamu.training.outcome import RunResult, hardness_columns, step_columns
 from hamu.training.records import Recorder
 from hamu.training.schedule import lr_factor, make_optimizer
 from hamu.training.stop import StopReason
@@ -45,52 +45,7 @@ TRAINING = Method(
     retain=lambda settings: cross_entropy,
     forget=None,
 )
-BRANCHES = ("direct", "rectified", "colinear", "infeasible", "zero_forget_grad")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(kw_only=True)
-class RunResult:
-    """How a run ended. Losses in nats, accuracies in [0, 1], `train_s` seconds of steps and evaluations.
-
-    before, after: metrics of `evaluate` before the first step and at the end (of the kept model). hardness: S, the largest
-    feasible constraint ratio and kappa at the first step. message: what a user should know about an early end.
-    """
-
-    stop_reason: StopReason
-    steps: int
-    epochs: float
-    train_s: float
-    before: dict[str, float]
-    after: dict[str, float]
-    hardness: dict[str, float] = field(default_factory=dict)
-    message: str | None = None
-
-    @property
-    def forget_quality(self) -> float:
-        """Rise of the forget loss from the original, nats."""
-        return self.after.get("forget_loss", float("nan")) - self.before.get("forget_loss", float("nan"))
-
-    @property
-    def retain_utility(self) -> float:
-        """Minus the rise of the retain loss from the original, nats."""
-        return self.before.get("retain_loss", float("nan")) - self.after.get("retain_loss", float("nan"))
-
-    def row(self) -> dict[str, Any]:
-        """The result as columns of trials.parquet."""
-        original = {f"original_{name}": value for name, value in self.before.items() if name.endswith(("_loss", "_accuracy"))}
-        return {
-            "stop_reason": str(self.stop_reason),
-            "message": self.message,
-            "steps": self.steps,
-            "epochs": self.epochs,
-            "train_s": self.train_s,
-            "forget_quality": self.forget_quality,
-            "retain_utility": self.retain_utility,
-            **self.after,
-            **original,
-            **self.hardness,
-        }
 
 
 class TrainingRun:
@@ -214,7 +169,9 @@ class TrainingRun:
         self.engine.set_training_mode()
         lr = self.lr
         self.engine.gradients(*self._batches())
-        return _hardness_columns(self.engine.decide(lr=lr, rules=self._rules(lr), max_grad_norm=self.config.training.max_grad_norm))
+        return hardness_columns(
+            self.engine.decide(lr=lr, rules=self._rules(lr), max_grad_norm=self.config.training.max_grad_norm)
+        )
 
     def save(self) -> None:
         """Write a checkpoint from which the run goes on with the numbers of an uninterrupted one."""
@@ -245,8 +202,9 @@ class TrainingRun:
     def _resume(self, state: dict[str, Any]) -> None:
         if state.get("recipe") != self.config.recipe_hash():
             raise CheckpointError(
-                f"checkpoint {str(self._checkpoint_path)!r} is of recipe {state.get('recipe')}, this run is {self.config.recipe_hash()}; "
-                "a run resumes with the settings it began with: give those, or another output folder"
+                f"checkpoint {str(self._checkpoint_path)!r} is of recipe {state.get('recipe')}, this run is "
+                f"{self.config.recipe_hash()}; a run resumes with the settings it began with: give those, or another "
+                "output folder"
             )
         self.model.load_state_dict(state["model"])
         if self.optimizer is not None:
@@ -295,9 +253,7 @@ class TrainingRun:
         else:
             retain, forget = None, self.plan.forget_alone(step)
         splits = ((self._train_split, retain), ("forget", forget))
-        parts = [
-            [] if rows is None else [self.task.batch(split, part) for part in rows.split(size)] for split, rows in splits
-        ]
+        parts = [[] if rows is None else [self.task.batch(split, part) for part in rows.split(size)] for split, rows in splits]
         return parts[0], parts[1]
 
     def _rules(self, lr: float) -> StepRules:
@@ -314,7 +270,7 @@ class TrainingRun:
         )
 
     def _note_hardness(self, report: StepReport) -> None:
-        self._hardness = _hardness_columns(report)
+        self._hardness = hardness_columns(report)
         logger.info(
             "hardness at the start: S %.4g, kappa %.4g, largest feasible constraint ratio %.4g, asked for %.4g",
             self._hardness["gradient_product"],
@@ -394,33 +350,3 @@ class TrainingRun:
         if self._recorder is not None:
             self._recorder.log(row)
         return row
-
-
-def _hardness_columns(report: StepReport) -> dict[str, float]:
-    hardness = report.decision.hardness
-    return {
-        "gradient_product": hardness.gradient_product,
-        "max_constraint_ratio": hardness.max_constraint_ratio,
-        "kappa": hardness.kappa,
-    }
-
-
-def step_columns(report: StepReport) -> dict[str, Any]:
-    """A step's report as record columns; branch shares are shares of blocks, and None for methods without branches."""
-    decision, hardness = report.decision, report.decision.hardness
-    counts = {name: decision.branches.count(name) for name in BRANCHES}
-    shares = {f"{name}_share": count / len(decision.branches) for name, count in counts.items() if any(counts.values())}
-    return {
-        "retain_batch_loss": report.retain_loss,
-        "forget_batch_loss": report.forget_loss,
-        "retain_grad_norm": report.retain_grad_norm,
-        "forget_grad_norm": report.forget_grad_norm,
-        **_hardness_columns(report),
-        "stopping_rhs": hardness.stopping_rhs,
-        "stopping_margin": hardness.margins["aggregate"],
-        "feasible_margin": hardness.margins["feasible"],
-        "predicted_margin": hardness.margins["predicted"],
-        "predicted_retain_change": hardness.predicted_retain_change,
-        "predicted_forget_change": hardness.predicted_forget_change,
-        **shares,
-    }

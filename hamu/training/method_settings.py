@@ -79,9 +79,7 @@ class MethodConfig:
             raise ConfigError("use_lr_radius False needs a fixed radius; give hamu_radius (1e-3 was common)")
 
     def _check_split(self) -> None:
-        chosen = [
-            name for name in ("grad_norm", "softmax_dp", "uniform") if getattr(self, f"distribute_constraint_{name}")
-        ]
+        chosen = [name for name in ("grad_norm", "softmax_dp", "uniform") if getattr(self, f"distribute_constraint_{name}")]
         if len(chosen) > 1:
             flags = " and ".join(f"distribute_constraint_{name}" for name in chosen)
             raise ConfigError(f"{flags} are both given; the constraint is split in one way: give one")

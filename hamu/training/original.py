@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hamu.data.sources import ImageData, load_image_data
 from hamu.tasks.vision import VisionTask, task_for
@@ -68,14 +69,12 @@ def _train(config: TrainConfig, task: VisionTask, data: ImageData, path: Path, *
     for _ in watch(run, title=f"training {path.name}", enabled=progress):
         pass
     assert run.result is not None
-    record = make_record(
-        config, data_sha256=data.sha256, split_sha256=task.forget_set.sha256, result=run.result.row()
-    )
+    record = make_record(config, data_sha256=data.sha256, split_sha256=task.forget_set.sha256, result=run.result.row())
     save_model(task, model, path, record)
     logger.info("trained %s: test accuracy %.4f", path, run.result.after["test_accuracy"])
 
 
-def save_model(task: VisionTask, model: object, path: Path, record: dict[str, object]) -> None:
+def save_model(task: VisionTask, model: nn.Module, path: Path, record: dict[str, object]) -> None:
     """Write a model folder that is complete when it is there; one at the same place is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"

@@ -275,9 +275,7 @@ def _read_parquet(path: Path) -> pa.Table:
         with pq.ParquetFile(path) as file:
             return file.read()
     except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{path} is no complete Parquet file ({str(error).splitlines()[0]}); remove it or restore it"
-        ) from None
+        raise DataError(f"{path} is no complete Parquet file ({str(error).splitlines()[0]}); remove it or restore it") from None
 
 
 def _write_parquet(path: Path, table: pa.Table) -> None:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from hamu.training.config import TrainConfig
 
 
-def make_optimizer(config: TrainConfig, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer | None:
+def make_optimizer(config: TrainConfig, params: Iterable[Tensor]) -> torch.optim.Optimizer | None:
     """AdamW for training or with `use_optimizer`; None for plain SGD, which adds the update and has no state."""
     if config.optimizer_name == "sgd":
         return None

@@ -13,7 +13,8 @@ from hamu.errors import CheckpointError
 from hamu.tasks.vision import VisionTask, task_for
 from hamu.training.artifacts import make_record, place_for, recipe_of, results_path, task_name, trained_model_path
 from hamu.training.config import TrainConfig
-from hamu.training.loop import RunResult, TrainingRun
+from hamu.training.loop import TrainingRun
+from hamu.training.outcome import RunResult
 from hamu.training.original import choose_device, load_data, save_model
 from hamu.training.progress import watch
 from hamu.training.records import Recorder
@@ -92,8 +93,8 @@ class Session:
         path = trained_model_path(self.config, variant="full")
         if not path.is_dir():
             raise CheckpointError(
-                f"no original model at {str(path)!r}: unlearning starts from a trained model; train it with --unlearning_method none "
-                "--add_forget_to_train, or give --model_name the folder of one"
+                f"no original model at {str(path)!r}: unlearning starts from a trained model; train it with "
+                "--unlearning_method none --add_forget_to_train, or give --model_name the folder of one"
             )
         return path
 

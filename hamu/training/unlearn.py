@@ -14,8 +14,6 @@ from hamu.training.loop import TrainingRun
 from hamu.training.progress import watch
 
 
-
-
 @dataclass(frozen=True, kw_only=True)
 class Unlearned:
     """What `unlearn` did. before, after: losses (nats), accuracies, entropies and membership AUCs by split. stop_reason: why it

@@ -90,7 +90,9 @@ def measure(repeats: int = 40) -> dict[str, float]:
         with torch.no_grad():
             torch._foreach_copy_([param.data for param in engine.params], start)
         branches = variant()
-        weights.append((branches, torch.cat([(param.detach() - old).flatten() for param, old in zip(engine.params, start)])))
+        weights.append(
+            (branches, torch.cat([(param.detach() - old).flatten() for param, old in zip(engine.params, start, strict=True)]))
+        )
     assert weights[0][0] == weights[1][0], "the two versions must take the same branches"
     error = float((weights[0][1] - weights[1][1]).norm() / weights[0][1].norm())
     assert error < 1e-4, f"the two versions must make the same step, relative difference {error}"

@@ -10,7 +10,6 @@ import pytest
 from hamu.cli.environment import SETTINGS_BY_NAME, TEXT_NAMES
 from hamu.cli.published import IGNORED
 from hamu.cli.train import Cancelled, SignalStop, describe, main, parse
-from hamu.errors import ConfigError
 from hamu.methods.names import METHOD_NAMES
 from hamu.training.config import KNOWN
 

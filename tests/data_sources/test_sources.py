@@ -96,10 +96,7 @@ def test_saved_form_loads_as_the_parquet_form_does(tmp_path: Path) -> None:
     }
     labels = {"train": [0, 1, 2] * 4, "test": [0, 1, 2, 0]}
     saved = datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_dict({"img": rows[split], "label": labels[split]}, features=FEATURES)
-            for split in rows
-        }
+        {split: datasets.Dataset.from_dict({"img": rows[split], "label": labels[split]}, features=FEATURES) for split in rows}
     )
     saved.save_to_disk(tmp_path / "saved")
     one, other = load(folder), load(tmp_path / "saved")
@@ -108,9 +105,7 @@ def test_saved_form_loads_as_the_parquet_form_does(tmp_path: Path) -> None:
 
 
 def test_two_folders_of_one_name_are_not_confused(tmp_path: Path) -> None:
-    readme = (
-        "---\nconfigs:\n- config_name: default\n  data_files: plain_text/*\n---\n"  # what makes `datasets` confuse them
-    )
+    readme = "---\nconfigs:\n- config_name: default\n  data_files: plain_text/*\n---\n"  # what makes `datasets` confuse them
     folders = [write_folder(tmp_path / parent / "cifar10", seed=seed) for parent, seed in (("a", 0), ("b", 50))]
     for folder in folders:
         (folder / "README.md").write_text(readme)
@@ -137,9 +132,7 @@ def test_missing_column_names_the_columns_that_exist(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no column 'img' or 'image'; it has picture, label: .*dataset_prompt_field"):
         load(folder)
     with pytest.raises(DataError, match=r"no column 'kind'; it has picture, label: .*dataset_response_field") as error:
-        read_train_labels(
-            DataConfig(dataset_name=str(folder), dataset_prompt_field="picture", dataset_response_field="kind")
-        )
+        read_train_labels(DataConfig(dataset_name=str(folder), dataset_prompt_field="picture", dataset_response_field="kind"))
     assert "\n" not in str(error.value)
 
 
@@ -210,9 +203,7 @@ def test_labels_by_name_are_numbered_in_order() -> None:
         images.decode_labels(pa.chunked_array([["cow"]]), name="rows", class_names=names)
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"), [([0, None], "without a label"), ([-1, 0], "label -1"), ([0.5], "double")]
-)
+@pytest.mark.parametrize(("labels", "message"), [([0, None], "without a label"), ([-1, 0], "label -1"), ([0.5], "double")])
 def test_labels_that_name_no_class_are_refused(labels: list[Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         images.decode_labels(pa.chunked_array([pa.array(labels)]), name="rows", class_names=None)

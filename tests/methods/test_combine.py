@@ -72,9 +72,7 @@ def test_no_gradient_at_all_moves_nothing(method: str, radius: float | None) -> 
     bound = combine_gradients(method, [ZERO, ZERO], [ZERO, ZERO], lr=LR, radius=radius, constraint=0.1)
     assert bound.stop_reason == "infeasible"
     assert sum(bound.constraints) == pytest.approx(0.1, rel=1e-15, abs=0)
-    kept = combine_gradients(
-        method, [ZERO, ZERO], [ZERO, ZERO], lr=LR, radius=radius, constraint=0.1, on_infeasible="continue"
-    )
+    kept = combine_gradients(method, [ZERO, ZERO], [ZERO, ZERO], lr=LR, radius=radius, constraint=0.1, on_infeasible="continue")
     assert not any(update.any() for update in kept.updates)
 
 
@@ -169,9 +167,7 @@ def test_one_infeasible_block_withholds_the_whole_step(method: str) -> None:
     assert not any(update.any() for update in step.updates)
     assert (step.predicted_retain_change, step.predicted_forget_change) == (0, 0)
     assert step.constraints == (0.4, 0.4)
-    assert step.max_constraint_ratio == pytest.approx(
-        101, rel=1e-15, abs=0
-    )  # still told: what would have been feasible
+    assert step.max_constraint_ratio == pytest.approx(101, rel=1e-15, abs=0)  # still told: what would have been feasible
 
 
 def test_continue_takes_the_shortest_step_that_meets_the_constraint_of_the_block() -> None:
@@ -257,9 +253,7 @@ def test_empty_and_scalar_blocks_are_blocks() -> None:
     ],
 )
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_gradients_of_different_dtypes_combine(
-    method: str, retain_dtype: torch.dtype, forget_dtype: torch.dtype
-) -> None:
+def test_gradients_of_different_dtypes_combine(method: str, retain_dtype: torch.dtype, forget_dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     retain, forget = (torch.randn(3, 50, generator=generator) for _ in range(2))
     retain, forget = list(retain.to(retain_dtype)), list(forget.to(forget_dtype))
@@ -267,9 +261,7 @@ def test_gradients_of_different_dtypes_combine(
     exact = combine_gradients(method, [g.double() for g in retain], [g.double() for g in forget], lr=LR, constraint=0.1)
     for update, expected in zip(step.updates, exact.updates, strict=True):
         error = float((update.double() - expected).norm())
-        assert error <= 1e-6 * float(
-            expected.norm()
-        )  # three float32 roundings; a product rounded to bfloat16 would err by 4e-3
+        assert error <= 1e-6 * float(expected.norm())  # three float32 roundings; a product rounded to bfloat16 would err by 4e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -355,9 +347,7 @@ def test_lr_may_be_none_where_a_radius_is_given(method: str) -> None:
         ({"forget_grads": [None]}, ("None", "zeros")),
     ],
 )
-def test_bad_argument_gives_one_line_with_value_rule_and_mend(
-    arguments: dict[str, Any], parts: tuple[str, ...]
-) -> None:
+def test_bad_argument_gives_one_line_with_value_rule_and_mend(arguments: dict[str, Any], parts: tuple[str, ...]) -> None:
     given = {"method": "hamu-q", "retain_grads": [X], "forget_grads": [Y], "lr": LR, **arguments}
     with pytest.raises(ConfigError) as caught:
         combine_gradients(**given)
@@ -400,9 +390,7 @@ class CountOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count(
-    method: str, n_blocks: int, options: dict[str, Any], *, last: bool = False
-) -> tuple[Counter[str], Counter[str]]:
+def count(method: str, n_blocks: int, options: dict[str, Any], *, last: bool = False) -> tuple[Counter[str], Counter[str]]:
     generator = torch.Generator().manual_seed(0)
     pair = [[torch.randn(4, 3, 3, 3, generator=generator) for _ in range(n_blocks)] for _ in range(2)]
     if last:

@@ -14,9 +14,7 @@ EPS = np.finfo(np.float64).eps
 SHAPES = ((), (1,), (ROW,), (ROW + 1,), (3 * ROW - 1,), (2, 3, 4, 5), (0,), (1, 1, 1), (17, 19))
 
 
-def tensors(
-    seed: int, dtype: torch.dtype = torch.float64, shapes: tuple[tuple[int, ...], ...] = SHAPES
-) -> list[Tensor]:
+def tensors(seed: int, dtype: torch.dtype = torch.float64, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
@@ -51,9 +49,7 @@ def test_grams_of_a_long_block_do_not_lose_digits_to_float32() -> None:
     retain = [torch.full((300_000,), 0.1)]
     value = float(torch.tensor(0.1).double()) ** 2 * 300_000
     grams = grams_by_layout(retain, retain)
-    assert grams.retain[0] == pytest.approx(
-        value, rel=1e-12, abs=0
-    )  # float64 sums of 3e5 terms; float32 would err by 1e-4
+    assert grams.retain[0] == pytest.approx(value, rel=1e-12, abs=0)  # float64 sums of 3e5 terms; float32 would err by 1e-4
     assert grams.cross[0] == grams.retain[0] == grams.forget[0]
 
 
@@ -62,9 +58,7 @@ def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = grams_by_layout(retain, forget)
     for rows in (1, 2, 3):
         monkeypatch.setattr(gram, "SLAB_ROWS", rows)
-        assert_grams_close(
-            grams_by_layout(retain, forget), whole, 8 * EPS
-        )  # the same row sums, added in the same order
+        assert_grams_close(grams_by_layout(retain, forget), whole, 8 * EPS)  # the same row sums, added in the same order
 
 
 def test_summed_block_grams_are_the_gram_of_the_concatenated_block() -> None:

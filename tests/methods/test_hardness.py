@@ -58,9 +58,7 @@ def test_shares_follow_their_formulas() -> None:
     for _ in range(200):
         grams = random_grams(rng)
         product = grams.retain_norm * grams.forget_norm
-        small = Grams(
-            grams.retain, grams.forget, grams.cross / np.abs(grams.cross).max()
-        )  # so that plain exp cannot overflow
+        small = Grams(grams.retain, grams.forget, grams.cross / np.abs(grams.cross).max())  # so that plain exp cannot overflow
         for split, weight, pair in (
             ("grad_norm", product, grams),
             ("softmax_dp", np.exp(-small.cross), small),
@@ -80,9 +78,7 @@ def test_softmax_split_is_stable_for_huge_kappa(cross: list[float]) -> None:
     assert shares.sum() == pytest.approx(3.0, rel=16 * EPS, abs=0)
     assert shares.argmax() == kappa.argmin()  # the least hard block carries most
     if kappa[1] - kappa[0] == 1:
-        assert shares[1] / shares[0] == pytest.approx(
-            np.exp(-1), rel=1e-9, abs=0
-        )  # 1e6 + 1 is exact, so only exp rounds
+        assert shares[1] / shares[0] == pytest.approx(np.exp(-1), rel=1e-9, abs=0)  # 1e6 + 1 is exact, so only exp rounds
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -93,9 +89,7 @@ def test_block_of_two_zero_gradients_gets_no_share(split: str) -> None:
         dead = np.arange(6) % 2 == 1  # a fresh LoRA adapter: every other matrix has no gradient
         fresh = Grams(*(np.where(dead, 0.0, part) for part in (grams.retain, grams.forget, grams.cross)))
         shares = split_constraint(fresh, 1.0, split)
-        alone = split_constraint(
-            Grams(*(part[~dead] for part in (grams.retain, grams.forget, grams.cross))), 1.0, split
-        )
+        alone = split_constraint(Grams(*(part[~dead] for part in (grams.retain, grams.forget, grams.cross))), 1.0, split)
         assert not shares[dead].any()
         assert shares[~dead] == pytest.approx(alone, rel=16 * EPS, abs=0)
 
@@ -134,9 +128,7 @@ def test_grad_norm_split_survives_a_model_without_any_forget_gradient() -> None:
 @pytest.mark.parametrize("method", ["hamu-q", "hamu-u", "ft"])
 @pytest.mark.parametrize("choice", ["stop", "continue"])
 @pytest.mark.parametrize("constraint", [0.0, 0.1])
-def test_raw_softmax_share_that_overflows_makes_no_step_that_is_not_finite(
-    method: str, choice: str, constraint: float
-) -> None:
+def test_raw_softmax_share_that_overflows_makes_no_step_that_is_not_finite(method: str, choice: str, constraint: float) -> None:
     """exp(1e4) overflows: no constraint must stay none, and one beyond all numbers must be refused, not followed."""
     grads = torch.full((4,), 50.0, dtype=torch.float64)
     options = {"split": "softmax_dp", "normalize_split": False, "on_infeasible": choice}
@@ -209,9 +201,7 @@ def test_aggregate_right_side_is_the_published_sum_for_any_radius(method: str) -
 
 @pytest.mark.parametrize("method", HAMU_METHODS)
 @pytest.mark.parametrize("kind", ["lr", "fixed"])
-def test_rectified_step_harms_the_free_loss_exactly_past_kappa_2_and_with_positive_kappa(
-    method: str, kind: str
-) -> None:
+def test_rectified_step_harms_the_free_loss_exactly_past_kappa_2_and_with_positive_kappa(method: str, kind: str) -> None:
     rng = np.random.default_rng(7)
     harmed = helped = negative = 0
     for _ in range(2500):
@@ -243,9 +233,7 @@ def test_rectified_step_harms_the_free_loss_exactly_past_kappa_2_and_with_positi
 def test_predicted_margin_is_the_change_of_the_free_loss_in_the_wrong_direction(method: str) -> None:
     rng = np.random.default_rng(8)
     for _ in range(300):
-        hardness = decide(
-            method, random_grams(rng), constraint=float(rng.uniform(0, 1)), on_infeasible="continue"
-        ).hardness
+        hardness = decide(method, random_grams(rng), constraint=float(rng.uniform(0, 1)), on_infeasible="continue").hardness
         wrong = hardness.predicted_retain_change if method == "hamu-q" else -hardness.predicted_forget_change
         assert hardness.margins["predicted"] == wrong
         assert set(hardness.margins) == set(STOPPING_RULES)
@@ -276,9 +264,7 @@ def test_largest_ratio_depends_on_the_gradients_alone_with_the_lr_radius(method:
     for _ in range(100):
         grams = random_grams(rng)
         ratios = [
-            decide(
-                method, grams, lr=lr, constraint=constraint, split=split, full_grad=full_grad
-            ).hardness.max_constraint_ratio
+            decide(method, grams, lr=lr, constraint=constraint, split=split, full_grad=full_grad).hardness.max_constraint_ratio
             for lr in (1e-7, 3e-3, 1.0)
             for constraint in (0.0, 1e-3)
             for split in SPLITS
@@ -286,9 +272,7 @@ def test_largest_ratio_depends_on_the_gradients_alone_with_the_lr_radius(method:
         assert np.ptp(ratios) <= 8 * EPS * ratios[0]  # lr is multiplied in and divided out
         blocks = grams.total() if full_grad else grams
         sin = np.where(blocks.cross > 0, np.sqrt(blocks.sin2), 1.0)
-        assert ratios[0] == pytest.approx(
-            float((blocks.retain_norm * blocks.forget_norm * sin).sum()), rel=16 * EPS, abs=0
-        )
+        assert ratios[0] == pytest.approx(float((blocks.retain_norm * blocks.forget_norm * sin).sum()), rel=16 * EPS, abs=0)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
@@ -296,9 +280,7 @@ def test_aggregate_bound_is_never_above_the_sign_aware_bound_nor_that_above_s(me
     rng = np.random.default_rng(11)
     for _ in range(100):
         hardness = decide(method, random_grams(rng), lr=0.5).hardness
-        assert hardness.stopping_rhs <= 0.5 * hardness.max_constraint_ratio * (
-            1 + 8 * EPS
-        )  # the same sums, other factors
+        assert hardness.stopping_rhs <= 0.5 * hardness.max_constraint_ratio * (1 + 8 * EPS)  # the same sums, other factors
         assert hardness.max_constraint_ratio <= hardness.gradient_product * (1 + 8 * EPS)
 
 
@@ -306,9 +288,7 @@ def test_aggregate_bound_is_never_above_the_sign_aware_bound_nor_that_above_s(me
 def test_largest_ratio_is_nan_without_lr_and_the_rest_is_not(method: str) -> None:
     hardness = decide(method, random_grams(np.random.default_rng(12)), lr=None, radius=0.1, constraint=1e-3).hardness
     assert np.isnan(hardness.max_constraint_ratio)
-    assert np.isfinite(
-        [hardness.stopping_rhs, hardness.kappa, *hardness.margins.values(), hardness.gradient_product]
-    ).all()
+    assert np.isfinite([hardness.stopping_rhs, hardness.kappa, *hardness.margins.values(), hardness.gradient_product]).all()
 
 
 def test_margins_fire_strictly() -> None:

@@ -30,18 +30,14 @@ OBJECTIVES: dict[str, Objective] = {
 
 def batch(seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    logits, original = (
-        scale * torch.randn(N_ROWS, N_CLASSES, generator=generator, dtype=torch.float64) for _ in range(2)
-    )
+    logits, original = (scale * torch.randn(N_ROWS, N_CLASSES, generator=generator, dtype=torch.float64) for _ in range(2))
     return logits, torch.randint(N_CLASSES, (N_ROWS,), generator=generator), original
 
 
 def test_cross_entropy_is_the_negative_log_probability_of_the_label() -> None:
     logits, labels, _ = batch()
     expected = -torch.log(torch.softmax(logits, dim=1))[torch.arange(N_ROWS), labels]
-    torch.testing.assert_close(
-        cross_entropy(logits, labels), expected, rtol=1e-12, atol=1e-14
-    )  # log of softmax loses digits
+    torch.testing.assert_close(cross_entropy(logits, labels), expected, rtol=1e-12, atol=1e-14)  # log of softmax loses digits
 
 
 def test_kl_is_taken_from_the_original_to_the_current_model() -> None:
@@ -137,9 +133,7 @@ def test_weighted_is_the_weighted_sum_of_values_and_gradients() -> None:
     kl, ce = kl_to_original(logits, labels, original), cross_entropy(logits, labels)
     torch.testing.assert_close(both, 0.001 * kl + 0.99 * ce, rtol=4 * EPS, atol=0)  # the same three operations
     grads = [torch.autograd.grad(part.sum(), logits, retain_graph=True)[0] for part in (both, kl, ce)]
-    torch.testing.assert_close(
-        grads[0], 0.001 * grads[1] + 0.99 * grads[2], rtol=0, atol=16 * EPS
-    )  # entries are below 1
+    torch.testing.assert_close(grads[0], 0.001 * grads[1] + 0.99 * grads[2], rtol=0, atol=16 * EPS)  # entries are below 1
 
 
 def test_scrub_follows_its_settings() -> None:

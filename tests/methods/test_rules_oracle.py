@@ -220,9 +220,7 @@ def test_branch_is_direct_exactly_where_plain_descent_meets_the_constraint(metho
 
 
 @pytest.mark.parametrize(("method", "kind", "seed"), GRID)
-def test_infeasible_step_told_to_continue_is_the_shortest_that_meets_the_constraint(
-    method: str, kind: str, seed: int
-) -> None:
+def test_infeasible_step_told_to_continue_is_the_shortest_that_meets_the_constraint(method: str, kind: str, seed: int) -> None:
     cases = draw_cases(method, kind, seed)
     normal = cases.forget if method == "hamu-q" else -cases.retain
     weights = decide(method, cases, keep=True)

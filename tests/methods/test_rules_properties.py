@@ -140,9 +140,7 @@ def test_predicted_changes_are_inner_products_with_the_updates(samples: dict[str
     for name, grads in (("predicted_retain_change", sample.retain), ("predicted_forget_change", sample.forget)):
         exact = dot(flat(grads), flat(updates))
         table = np.stack([decision.table for decision in sample.decisions])
-        terms = norm(grads) * (
-            np.abs(table[..., 0]) * norm(sample.retain) + np.abs(table[..., 1]) * norm(sample.forget)
-        )
+        terms = norm(grads) * (np.abs(table[..., 0]) * norm(sample.retain) + np.abs(table[..., 1]) * norm(sample.forget))
         # Both are sums of the same products in another order: rounding of the largest terms, 12 products each.
         assert (np.abs(sample.floats(name) - exact) <= 16 * EPS * terms.sum(axis=1)).all()
 
@@ -180,9 +178,7 @@ def test_gru_is_the_forget_gradient_projected_off_the_retain_gradient_of_the_who
     sample = samples["gru"]
     g_r, g_f = flat(sample.retain), flat(sample.forget)
     conflict = dot(g_r, g_f) > 0
-    expected = (
-        np.where(conflict[:, None], g_f - (dot(g_r, g_f) / dot(g_r, g_r))[:, None] * g_r, g_f) * sample.lr[:, None]
-    )
+    expected = np.where(conflict[:, None], g_f - (dot(g_r, g_f) / dot(g_r, g_r))[:, None] * g_r, g_f) * sample.lr[:, None]
     # Sums of 12 products in another order.
     assert (norm(flat(sample.updates) - expected) <= 32 * EPS * sample.lr * norm(g_f)).all()
     assert 400 < conflict.sum() < 1600
@@ -201,9 +197,7 @@ def test_pcgrad_is_algorithm_1_on_the_whole_model(samples: dict[str, Sample]) ->
 
 
 @pytest.mark.parametrize("method", ["gru", "pcgrad"])
-def test_projected_methods_never_raise_retain_loss_nor_lower_forget_loss(
-    samples: dict[str, Sample], method: str
-) -> None:
+def test_projected_methods_never_raise_retain_loss_nor_lower_forget_loss(samples: dict[str, Sample], method: str) -> None:
     sample = samples[method]
     g_r, g_f, updates = flat(sample.retain), flat(sample.forget), flat(sample.updates)
     # Where the projection leaves 0 rounding may leave EPS of its terms, 12 products each.
@@ -306,9 +300,7 @@ def test_with_grad_norm_split_and_lr_radius_all_blocks_are_feasible_or_none(seed
 # ---- equivalences
 
 
-def random_pair(
-    rng: np.random.Generator, shapes: tuple[tuple[int, ...], ...] = SHAPES
-) -> tuple[list[Tensor], list[Tensor]]:
+def random_pair(rng: np.random.Generator, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> tuple[list[Tensor], list[Tensor]]:
     scales = 10.0 ** rng.uniform(-2, 2, (2, len(shapes)))
     return tuple(  # type: ignore[return-value]
         [torch.from_numpy(np.asarray(scales[role, i] * rng.standard_normal(shape))) for i, shape in enumerate(shapes)]
@@ -407,9 +399,7 @@ def test_order_of_blocks_does_not_matter(method: str, split: str) -> None:
     second = combine_gradients(method, [retain[i] for i in order], [forget[i] for i in order], **options)
     assert [first.branches[i] for i in order] == list(second.branches)
     for i, update in zip(order, second.updates, strict=True):
-        assert_close(
-            update, first.updates[i], RANDOM_SHARE
-        )  # only the sum that normalises the split is in another order
+        assert_close(update, first.updates[i], RANDOM_SHARE)  # only the sum that normalises the split is in another order
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
@@ -431,9 +421,7 @@ def test_scaling_a_gradient_by_a_power_of_two_scales_the_step_to_the_bit(method:
         "on_infeasible": "continue",
     }
     before = combine_gradients(method, retain, forget, constraint=constraint, **options)
-    after = combine_gradients(
-        method, [a * g for g in retain], [b * g for g in forget], constraint=a * b * constraint, **options
-    )
+    after = combine_gradients(method, [a * g for g in retain], [b * g for g in forget], constraint=a * b * constraint, **options)
     factor = b if method == "hamu-u" else a  # the lr radius is lr times the length of the free loss's gradient
     assert before.branches == after.branches
     assert all(torch.equal(factor * x, y) for x, y in zip(before.updates, after.updates, strict=True))

@@ -41,9 +41,7 @@ def trials():
         })  # fmt: skip
     rows.append({**rows[0], "trial_id": "0005-hamu-q", "steps": 0, "stop_reason": "infeasible",
                  "message": "ratio < 0.88", "forget_quality": 0.0, "retain_utility": 0.0})  # fmt: skip
-    rows.append(
-        {"trial_id": "0006-kl", "method": "kl", "status": "failed", "error": "<script>alert('x')</script> & co"}
-    )
+    rows.append({"trial_id": "0006-kl", "method": "kl", "status": "failed", "error": "<script>alert('x')</script> & co"})
     return rows
 
 

@@ -15,8 +15,8 @@ from hamu.methods.names import METHOD_NAMES
 from hamu.tasks.own import OwnTask
 from hamu.tasks.vision import VisionTask, task_for
 from hamu.training.config import TrainConfig
-from hamu.training.original import load_data
 from hamu.training.loop import TrainingRun
+from hamu.training.original import load_data
 from hamu.training.records import Recorder, read_records
 from hamu.training.stop import StopReason
 
@@ -168,7 +168,9 @@ def test_training_stops_at_its_target_and_keeps_the_best_model(task: VisionTask)
     assert run.result is not None and run.result.stop_reason is StopReason.TARGET
     assert run.result.after["test_accuracy"] >= 0.6 and run.result.epochs < 20
 
-    best = TrainConfig.from_flat({**flat, "target_test_accuracy": None, "epochs": 6, "lr": 0.05, "select_best_model_by_subset_accuracy": True})
+    best = TrainConfig.from_flat(
+        {**flat, "target_test_accuracy": None, "epochs": 6, "lr": 0.05, "select_best_model_by_subset_accuracy": True}
+    )
     run = TrainingRun(best, task, small_model())
     rows = [row for row in exhaust(run) if "retain_accuracy" in row and row["step"] > 0]
     assert run.result is not None
@@ -190,12 +192,16 @@ def test_training_stops_at_its_target_and_keeps_the_best_model(task: VisionTask)
 def test_a_killed_and_resumed_run_gives_the_uninterrupted_numbers_to_the_bit(
     settings: dict[str, Any], task: VisionTask, trained: nn.Module, tmp_path: Path
 ) -> None:
-    config = TrainConfig.from_flat({"epochs": 2, "save_strategy": "steps", "save_steps": 4, "eval_steps": 0.5, "eval_strategy": "steps", **settings})
+    config = TrainConfig.from_flat(
+        {"epochs": 2, "save_strategy": "steps", "save_steps": 4, "eval_steps": 0.5, "eval_strategy": "steps", **settings}
+    )
 
     def run(folder: Path, *, die_at: int | None = None) -> tuple[TrainingRun, nn.Module]:
         model = copy_of(trained)
         recorder = Recorder(folder / "records", {"trial_id": "t"})
-        run = TrainingRun(config, task, model, recorder=recorder, checkpoint_path=folder / "checkpoint.pt", original=copy_of(trained))
+        run = TrainingRun(
+            config, task, model, recorder=recorder, checkpoint_path=folder / "checkpoint.pt", original=copy_of(trained)
+        )
         try:
             for row in run:
                 if row["step"] == die_at:

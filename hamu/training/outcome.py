@@ -1,0 +1,86 @@
+"""What a run has to tell: its result as a trial's row, and a step's report as a record's columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hamu.training.engine import StepReport
+from hamu.training.stop import StopReason
+
+BRANCHES = ("direct", "rectified", "colinear", "infeasible", "zero_forget_grad")
+
+
+@dataclass(kw_only=True)
+class RunResult:
+    """How a run ended. Losses in nats, accuracies in [0, 1], `train_s` seconds of steps and evaluations.
+
+    before, after: metrics of `evaluate` before the first step and at the end (of the kept model). hardness: S, the largest
+    feasible constraint ratio and kappa at the first step. message: what a user should know about an early end.
+    """
+
+    stop_reason: StopReason
+    steps: int
+    epochs: float
+    train_s: float
+    before: dict[str, float]
+    after: dict[str, float]
+    hardness: dict[str, float] = field(default_factory=dict)
+    message: str | None = None
+
+    @property
+    def forget_quality(self) -> float:
+        """Rise of the forget loss from the original, nats."""
+        return self.after.get("forget_loss", float("nan")) - self.before.get("forget_loss", float("nan"))
+
+    @property
+    def retain_utility(self) -> float:
+        """Minus the rise of the retain loss from the original, nats."""
+        return self.before.get("retain_loss", float("nan")) - self.after.get("retain_loss", float("nan"))
+
+    def row(self) -> dict[str, Any]:
+        """The result as columns of trials.parquet."""
+        original = {f"original_{name}": value for name, value in self.before.items() if name.endswith(("_loss", "_accuracy"))}
+        return {
+            "stop_reason": str(self.stop_reason),
+            "message": self.message,
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "train_s": self.train_s,
+            "forget_quality": self.forget_quality,
+            "retain_utility": self.retain_utility,
+            **self.after,
+            **original,
+            **self.hardness,
+        }
+
+
+def hardness_columns(report: StepReport) -> dict[str, float]:
+    """S, the largest feasible constraint ratio and kappa of a step, as record columns."""
+    hardness = report.decision.hardness
+    return {
+        "gradient_product": hardness.gradient_product,
+        "max_constraint_ratio": hardness.max_constraint_ratio,
+        "kappa": hardness.kappa,
+    }
+
+
+def step_columns(report: StepReport) -> dict[str, Any]:
+    """A step's report as record columns; branch shares are shares of blocks, and None for methods without branches."""
+    decision, hardness = report.decision, report.decision.hardness
+    counts = {name: decision.branches.count(name) for name in BRANCHES}
+    shares = {f"{name}_share": count / len(decision.branches) for name, count in counts.items() if any(counts.values())}
+    return {
+        "retain_batch_loss": report.retain_loss,
+        "forget_batch_loss": report.forget_loss,
+        "retain_grad_norm": report.retain_grad_norm,
+        "forget_grad_norm": report.forget_grad_norm,
+        **hardness_columns(report),
+        "stopping_rhs": hardness.stopping_rhs,
+        "stopping_margin": hardness.margins["aggregate"],
+        "feasible_margin": hardness.margins["feasible"],
+        "predicted_margin": hardness.margins["predicted"],
+        "predicted_retain_change": hardness.predicted_retain_change,
+        "predicted_forget_change": hardness.predicted_forget_change,
+        **shares,
+    }
