@@ -14,8 +14,8 @@ from hamu.tasks.vision import VisionTask, task_for
 from hamu.training.artifacts import make_record, place_for, recipe_of, results_path, task_name, trained_model_path
 from hamu.training.config import TrainConfig
 from hamu.training.loop import TrainingRun
-from hamu.training.outcome import RunResult
 from hamu.training.original import choose_device, load_data, save_model
+from hamu.training.outcome import RunResult
 from hamu.training.progress import watch
 from hamu.training.records import Recorder
 

@@ -1,0 +1,110 @@
+"""The models that trials start from: found, or trained once in a Ray task, and shared with the slots as numpy arrays."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import ray
+
+from hamu.errors import HamuError
+from launch.machine import Machine, Slots
+from launch.plan import Plan, data_key
+from launch.shared import Original
+from launch.signals import Signals
+from launch.words import Words
+
+if TYPE_CHECKING:
+    from hamu.data.sources import ImageData
+    from hamu.training.config import TrainConfig
+
+SMALL_BYTES = 16 * 2**20
+"""Of a dataset whose original is trained on one core."""
+
+
+def provide_originals(
+    plan: Plan,
+    todo: Sequence[str],
+    data: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    *,
+    slots: Slots,
+    machine: Machine,
+    words: Words,
+    signals: Signals,
+) -> dict[str, Any]:
+    """Train the originals that are missing, side by side, and return references to them."""
+    first: dict[str, TrainConfig | None] = {}
+    wanted = set(todo)
+    for trial in plan.trials:
+        if trial.trial_id in wanted:
+            config = plan.configs[trial.trial_id]
+            if first.get(trial.original) is None:
+                first[trial.original] = config if config.is_hamu else None
+    remote_provide: Any = cast(Any, ray.remote)(provide)
+    references = {}
+    for key, trial_config in first.items():
+        config = plan.original(key)
+        # Small data trains no faster in threads, and one thread gives the same original on every machine.
+        is_small = sizes[data_key(config)] < SMALL_BYTES
+        n_threads = 1 if is_small else max(1, machine.cpus // len(first))
+        task = remote_provide.options(num_cpus=n_threads, num_gpus=slots.gpus_per_trial)
+        references[key] = task.remote(config, data[data_key(config)], n_threads=n_threads, first=trial_config)
+    for key, reference in references.items():
+        started = time.monotonic()
+        with words.busy(f"the original {key}: loading, or training it"):
+            try:
+                while not ray.wait([reference], timeout=0.5)[0]:
+                    signals.check()
+                original: Original = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, HamuError):
+                    raise error.cause from None
+                raise
+        words.say(f"{_described(original)} ({time.monotonic() - started:.1f} s)")
+    return references
+
+
+def _described(original: Original) -> str:
+    parts = [f"original {original.path}"]
+    if "test_accuracy" in original.result:
+        parts.append(f"test accuracy {original.result['test_accuracy']:.3f}")
+    if original.hardness:
+        parts.append(f"S {original.hardness['gradient_product']:.3g}")
+        parts.append(f"largest feasible constraint ratio {original.hardness['max_constraint_ratio']:.3g}")
+    return ", ".join(parts)
+
+
+def provide(config: TrainConfig, data: ImageData, *, n_threads: int, first: TrainConfig | None) -> Original:
+    """Give the original of a recipe, trained here if it is not there yet, with its weights as numpy arrays.
+
+    Args:
+        config: what the original is trained with; if its `model_name` is a folder, the original is the model in there.
+        data: the rows.
+        n_threads: of torch.
+        first: the HAMU trial to measure the hardness for, if any.
+    """
+    import torch
+
+    from hamu.errors import CheckpointError
+    from hamu.tasks.vision import task_for
+    from hamu.training.artifacts import read_record
+    from hamu.training.inputs import is_local_path
+    from hamu.training.loop import TrainingRun
+    from hamu.training.original import choose_device, provide_model
+
+    torch.set_num_threads(n_threads)
+    name = config.run.model_name
+    path = Path(name).expanduser() if is_local_path(name) else provide_model(config, data)
+    measured = config if first is None else first
+    task = task_for(measured, data, device=choose_device(measured))
+    model = task.load_model(path)
+    arrays = {key: value.cpu().numpy().copy() for key, value in model.state_dict().items()}
+    try:
+        result = read_record(path)["result"]
+    except (CheckpointError, KeyError):  # a folder of the user's own
+        result = {}
+    hardness = {} if first is None else TrainingRun(first, task, model).measure_hardness()
+    return Original(path=str(path), arrays=arrays, result=result, hardness=hardness)

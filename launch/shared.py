@@ -1,0 +1,60 @@
+"""What the driver and the slots of a sweep give each other. Torch-free: the driver of a sweep never imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from launch.plan import Plan, PlannedTrial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Original:
+    """A model that trials start from: its folder, and its weights as numpy arrays that may be read-only.
+
+    result: its metrics, where its record has them. hardness: S, the largest feasible constraint ratio and kappa for the
+    first HAMU trial that starts from it, where there is one.
+    """
+
+    path: str
+    arrays: Mapping[str, np.ndarray]
+    result: Mapping[str, Any] = field(default_factory=dict)
+    hardness: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What every slot of a sweep is given. `data` and `originals` hold whatever the slot's `fetch` turns into the object."""
+
+    plan: Plan
+    folder: str
+    data: Mapping[str, Any]
+    originals: Mapping[str, Any]
+    device: str = "cpu"
+    n_threads: int = 1
+
+
+def identity(plan: Plan, trial: PlannedTrial) -> dict[str, Any]:
+    """The columns that say which trial a row is of, but for the hash of its forget set."""
+    config = plan.configs[trial.trial_id]
+    return {
+        "trial_id": trial.trial_id,
+        "sweep": plan.name,
+        "task": plan.task,
+        "method": config.method_name,
+        "seed": config.run.seed,
+        "rho": config.data.hard_probability,
+        "forget_class": config.data.forget_class,
+        "learning_rate": config.lr,
+        "constraint_ratio": config.constraint_ratio,
+    }
+
+
+def failed_row(plan: Plan, trial: PlannedTrial, error: str) -> dict[str, Any]:
+    """The row of a trial that could not be run to its end; its times are the caller's to add."""
+    settings = json.dumps(dict(trial.config))
+    return {**identity(plan, trial), "status": "failed", "error": error[:2000], "config": settings}

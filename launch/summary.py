@@ -1,0 +1,60 @@
+"""The end of a sweep: its summary, figure and report, and what the terminal says."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hamu.reports.page import write_results
+from hamu.reports.summary import summarise
+from hamu.reports.tables import front_text
+from launch.machine import Machine, Slots
+from launch.plan import Plan
+from launch.results import SweepFolder, write_json
+
+
+def write_summary(plan: Plan, folder: SweepFolder, *, slots: Slots, machine: Machine) -> dict[str, Any]:
+    """Write trials.parquet, summary.json, pareto.png and report.html from the trials' rows, and return the summary."""
+    rows = folder.write_trials()
+    summary = summarise(rows, name=plan.name, space=plan.space, task=plan.task, slots=slots.count, hardware=machine.to_json())
+    summary |= {"warm_start_s": warm_starts(list(folder.rows().values())), "versions": dict(plan.versions)}
+    write_json(folder.summary, summary)
+    write_results(folder.path, summary=summary)
+    return summary
+
+
+def warm_starts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Seconds from a trial's end to the first step of the next one in the same process: `n`, `median` and `max`."""
+    by_slot: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row.get("started_at") or 0.0):
+        if row.get("slot") is not None:
+            by_slot.setdefault(row["slot"], []).append(row)
+    waits = [
+        after["started_at"] + after["setup_s"] - before["ended_at"]
+        for slot in by_slot.values()
+        for before, after in zip(slot, slot[1:], strict=False)
+    ]
+    return {"n": len(waits), "median": statistics.median(waits) if waits else None, "max": max(waits, default=None)}
+
+
+def summary_text(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], report: Path) -> str:
+    """What the terminal shows at the end: the front, what the hardness allowed, the times, the path."""
+    trials = summary["trials"]
+    lines = [
+        f"Pareto front: {len(summary['pareto'])} of {trials['total']} trials (* the setting to use)",
+        front_text(rows),
+        "",
+        f"{trials['finished']} finished ({trials['early_stopped']} of them early), {trials['failed']} failed; "
+        f"{summary['infeasible']} stopped infeasible, {summary['infeasible_at_start']} of them without a step",
+    ]
+    if summary["gradient_product"] is not None:
+        lines.append(
+            f"S {summary['gradient_product']:.3g}, largest feasible constraint ratio {summary['max_constraint_ratio']:.3g} "
+            "(medians at the first step)"
+        )
+    if summary["wall_s"] is not None:
+        lines.append(f"{summary['wall_s']:.1f} s for {summary['train_s']:.1f} s of training in {summary['slots']} slots")
+    lines += [f"failed: {row['trial_id']}: {row['error']}" for row in rows if row["status"] == "failed"]
+    return "\n".join([*lines, f"report: {report}"])
