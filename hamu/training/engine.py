@@ -20,6 +20,9 @@ from hamu.methods.base import Method, MethodSettings
 from hamu.methods.combine import Decision, StepRules, decide_step
 from hamu.methods.gram import BlockLayout, Grams, clip_factors, grams_of_sums
 
+FLOAT16_LOSS_SCALE = 1024.0
+"""Keeps small gradients of a float16 backward pass above its underflow; an overflow ends the run as non-finite."""
+
 BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -58,7 +61,8 @@ class PairedEngine:
         settings: the method's hyper-parameters.
         original: frozen original model, for methods that need it.
         freeze_batchnorm: keep BatchNorm's running statistics fixed (its affine parameters train).
-        autocast: dtype of the passes, None for the parameters' own; Grams, weights and update keep the parameters' dtype.
+        autocast: dtype of the passes, None for the parameters' own; Grams, weights and update keep the parameters' dtype. With
+            float16 losses are scaled before the backward pass, and the scale is taken out of the weights.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class PairedEngine:
         self.layout = BlockLayout(self.params)
         self._settings = settings or MethodSettings()
         self._freeze_batchnorm, self._autocast = freeze_batchnorm, autocast
+        self._loss_scale = FLOAT16_LOSS_SCALE if autocast is torch.float16 else 1.0
         self._forward: nn.Module = torch.compile(model) if compile_model else model  # type: ignore[assignment]
         self.pair = self.layout.zeros(self.params[0].dtype)
         """Both gradients, unclipped: row 0 retain, row 1 forget."""
@@ -111,7 +116,7 @@ class PairedEngine:
                     logits = self.task.logits(self._forward, part)
                     losses = objective(logits, part.labels, self._original_logits(part))
                 loss = losses.sum() / n_labels
-                loss.backward()
+                (loss * self._loss_scale).backward()
                 self._losses[index] += loss.detach()
 
     def decide(self, *, lr: float, rules: StepRules, max_grad_norm: float | None) -> StepReport:
@@ -123,8 +128,11 @@ class PairedEngine:
         grams, losses = self._read(precise=False)
         if grams.is_nearly_colinear:
             grams, losses = self._read(precise=True)
-        clip = clip_factors(grams, max_grad_norm)
+        unscale = 1 / self._loss_scale
         of_step = grams
+        grams = grams.scaled(unscale, unscale)
+        retain_clip, forget_clip = clip_factors(grams, max_grad_norm)
+        clip = retain_clip * unscale, forget_clip * unscale
         if self._settings.gru_beta > 0 and self.method.name == "gru" and grams.is_finite:
             self._average_retain(clip[0])
             clip, of_step = (1.0, clip[1]), self.layout.grams(self.pair)

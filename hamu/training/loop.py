@@ -23,6 +23,7 @@ from hamu.methods.base import Method, MethodSettings
 from hamu.methods.catalog import find_method
 from hamu.methods.combine import StepRules
 from hamu.methods.core import descend_retain
+from hamu.methods.hardness import Hardness
 from hamu.methods.objectives import cross_entropy
 from hamu.tasks.base import Task
 from hamu.training.batches import BatchPlan
@@ -84,9 +85,7 @@ class TrainingRun:
             task,
             model,
             self.method,
-            settings=MethodSettings(
-                scrub_alpha=config.method.scrub_alpha, scrub_gamma=config.method.scrub_gamma, gru_beta=config.method.gru_beta
-            ),
+            settings=MethodSettings(**{name: getattr(config.method, name) for name in MethodSettings.__dataclass_fields__}),
             original=original,
             freeze_batchnorm=config.freeze_batchnorm,
             autocast=PRECISIONS[config.training.precision],
@@ -122,8 +121,12 @@ class TrainingRun:
         return self.config.lr * lr_factor(self.config.training.lr_scheduler_type, self.step, self.total_steps)
 
     def request_stop(self, reason: StopReason) -> None:
-        """Ask the run to end before its next step (a signal, a user); the model and the metrics are kept."""
-        self._stop = reason
+        """Ask the run to end before its next step (a signal, a user); the model and the metrics are kept.
+
+        A run that is ending already keeps its own reason.
+        """
+        if self._stop is None and self.step < self.total_steps:
+            self._stop = reason
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Run to the end, one report per recorded step or evaluation; `result` is set when the iteration is over."""
@@ -140,7 +143,9 @@ class TrainingRun:
             report = self._take_step()
             self.train_s += time.perf_counter() - started
             if self._is_due("logging") or self._stop is not None or self.step == 1:
-                yield self._record("step", step_columns(report))
+                # A step that was withheld has its own number, one more than the last one that was applied.
+                withheld = {"step": self.step + 1} if self._stop is not None else {}
+                yield self._record("step", step_columns(report, self.method) | withheld)
             if self._is_due("eval") and self._stop is None:
                 metrics = self._evaluate()
                 self._keep_best(metrics)
@@ -148,6 +153,8 @@ class TrainingRun:
                 yield self._record("evaluation", metrics)
             if self._is_due("save") and self.step < self.total_steps and self._stop is None:
                 self.save()
+        if self._stop is StopReason.CANCELLED:
+            self.save()
         yield from self._finish()
 
     def _take_step(self) -> StepReport:
@@ -224,6 +231,8 @@ class TrainingRun:
         if self._evaluated_at != self.step:
             metrics = self._evaluate()
             self._keep_best(metrics)
+            if self._stop is None:
+                self._check_metrics(metrics)
             yield self._record("evaluation", metrics)
         if self._best:
             self.model.load_state_dict(self._best["model"])
@@ -285,25 +294,35 @@ class TrainingRun:
         rule = self.config.method.stopping_rule
         if decision.stop_reason == StopReason.NON_FINITE:
             self._stop = StopReason.NON_FINITE
-            self._message = f"stopped at step {self.step}: a gradient is not finite; the model before this step is kept"
+            self._message = (
+                f"stopped at step {self.step}: a gradient is not finite (retain loss {report.retain_loss:g}, forget loss "
+                f"{report.forget_loss:g}); the model before this step is kept; use a learning rate below {self.lr:g}"
+            )
         elif self.method.is_constrained and self.config.method.stop_on_stopping_criterion and hardness.margins[rule] > 0:
             self._stop = StopReason.CRITERION
-            self._message = f"stopped at step {self.step} by the stopping criterion ({rule}): " + self._feasible(hardness)
+            self._message = f"stopped at step {self.step} by the stopping criterion: " + self._criterion(rule, hardness)
         elif decision.stop_reason == StopReason.INFEASIBLE:
             self._stop = StopReason.INFEASIBLE
             self._message = f"stopped at step {self.step}, infeasible: " + self._feasible(hardness)
 
-    def _feasible(self, hardness: Any) -> str:
+    def _feasible(self, hardness: Hardness) -> str:
         return (
             f"constraint ratio {self.config.constraint_ratio:.4g} was asked for, up to {hardness.max_constraint_ratio:.4g} would "
             f"have been feasible here (S = {hardness.gradient_product:.4g})"
         )
+
+    def _criterion(self, rule: str, hardness: Hardness) -> str:
+        if rule == "predicted":
+            return f"the step would have changed the free objective the wrong way, by {hardness.margins[rule]:.4g} nats"
+        bound = hardness.stopping_rhs / self.lr if rule == "aggregate" else hardness.max_constraint_ratio
+        return f"constraint ratio {self.config.constraint_ratio:.4g} is above the {rule} rule's bound here, {bound:.4g}"
 
     def _check_metrics(self, metrics: dict[str, float]) -> None:
         settings, target = self.config.method, self.config.training.target_test_accuracy
         if target is not None and metrics.get("test_accuracy", 0.0) >= target:
             self._stop = StopReason.TARGET
             self._message = f"test accuracy {metrics['test_accuracy']:.4f} reached the target {target:g} at step {self.step}"
+            self._best = {}  # the model that reached the target is the one to keep
         for name in ("retain_loss", "forget_loss") if settings.stop_on_loss_thresholds else ():
             threshold = getattr(settings, f"{name}_stop_threshold")
             if threshold is not None and metrics[name] > threshold:
@@ -345,8 +364,10 @@ class TrainingRun:
         if "forget_loss" in columns and "retain_loss" in columns:
             row["forget_quality"] = columns["forget_loss"] - self._before["forget_loss"]
             row["retain_utility"] = self._before["retain_loss"] - columns["retain_loss"]
-        if self.result is not None or self._stop is not None:
+        if self._stop is not None or self.step >= self.total_steps:
             row["stop_reason"] = str(self._stop or StopReason.FINISHED)
         if self._recorder is not None:
             self._recorder.log(row)
+            if kind == "evaluation":
+                self._recorder.flush()
         return row

@@ -48,7 +48,9 @@ class MethodConfig:
     forget_loss_stop_threshold: float | None = setting(None, "enough is forgotten above this forget loss, in nats")
     scrub_alpha: float = setting(0.001, "SCRUB: weight of KL to the original on retain rows")
     scrub_gamma: float = setting(0.99, "SCRUB: weight of cross-entropy on retain rows")
-    gru_beta: float = setting(0.0, "GRU: moving average of the retain gradient, in [0, 1); 0: none")
+    gru_beta: float = setting(
+        0.0, "GRU: share of the current gradient in the retain gradient's moving average, in [0, 1]; 0: no average"
+    )
 
     def __post_init__(self) -> None:
         if self.unlearning_method not in (NO_METHOD, *METHOD_NAMES):
@@ -65,8 +67,6 @@ class MethodConfig:
         check_range("scrub_alpha", self.scrub_alpha, low=0)
         check_range("scrub_gamma", self.scrub_gamma, low=0)
         check_range("gru_beta", self.gru_beta, low=0, high=1)
-        if self.gru_beta == 1:
-            raise ConfigError("gru_beta must be < 1, got 1.0: the average would never leave its start")
         check_range("retain_loss_stop_threshold", self.retain_loss_stop_threshold, low=0)
         check_range("forget_loss_stop_threshold", self.forget_loss_stop_threshold, low=0)
         thresholds = (self.retain_loss_stop_threshold, self.forget_loss_stop_threshold)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hamu.methods.base import Method
 from hamu.training.engine import StepReport
 from hamu.training.stop import StopReason
 
@@ -65,16 +66,22 @@ def hardness_columns(report: StepReport) -> dict[str, float]:
     }
 
 
-def step_columns(report: StepReport) -> dict[str, Any]:
-    """A step's report as record columns; branch shares are shares of blocks, and None for methods without branches."""
+def step_columns(report: StepReport, method: Method) -> dict[str, Any]:
+    """A step's report as record columns. What a method does not have (a role, a pair, branches) is left out.
+
+    Batch losses and gradient norms are of the method's objectives, before clipping; branch shares are shares of blocks.
+    """
     decision, hardness = report.decision, report.decision.hardness
+    columns: dict[str, Any] = {}
+    if method.retain is not None:
+        columns |= {"retain_batch_loss": report.retain_loss, "retain_grad_norm": report.retain_grad_norm}
+    if method.forget is not None:
+        columns |= {"forget_batch_loss": report.forget_loss, "forget_grad_norm": report.forget_grad_norm}
+    if not method.is_paired:
+        return columns
     counts = {name: decision.branches.count(name) for name in BRANCHES}
     shares = {f"{name}_share": count / len(decision.branches) for name, count in counts.items() if any(counts.values())}
-    return {
-        "retain_batch_loss": report.retain_loss,
-        "forget_batch_loss": report.forget_loss,
-        "retain_grad_norm": report.retain_grad_norm,
-        "forget_grad_norm": report.forget_grad_norm,
+    return columns | {
         **hardness_columns(report),
         "stopping_rhs": hardness.stopping_rhs,
         "stopping_margin": hardness.margins["aggregate"],

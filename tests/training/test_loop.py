@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hamu.methods.names import METHOD_NAMES
 from hamu.tasks.own import OwnTask
 from hamu.tasks.vision import VisionTask, task_for
 from hamu.training.config import TrainConfig
+from hamu.training.evaluation import evaluate
 from hamu.training.loop import TrainingRun
 from hamu.training.original import load_data
 from hamu.training.records import Recorder, read_records
@@ -131,15 +133,27 @@ def test_a_ratio_below_the_largest_feasible_one_does_step(task: VisionTask, trai
 
 @pytest.mark.parametrize("rule", ["aggregate", "feasible", "predicted"])
 def test_the_criterion_stops_before_the_step_on_which_it_fires(rule: str, task: VisionTask, trained: nn.Module) -> None:
-    config = unlearning(constraint_ratio=0.9, stop_on_stopping_criterion=True, stopping_rule=rule, epochs=2)
-    if rule == "predicted":  # needs a step that is taken: continue, so that the prediction is of a real one
-        config = config.replace(continue_on_failed_feasibility=True)
-    run = TrainingRun(config, task, copy_of(trained))
+    """Random rows to forget, a ratio just below the first bound: it is met some steps later, and that step is not taken."""
+    random_rows = unlearning(rho=1.0)
+    task = task_for(random_rows, task.data)
+    column = {"aggregate": "stopping_margin", "feasible": "feasible_margin", "predicted": "predicted_margin"}[rule]
+    start = TrainingRun(unlearning(), task, copy_of(trained)).measure_hardness()["max_constraint_ratio"]
+    settings: dict[str, Any] = {"constraint_ratio": 0.95 * start, "lr": 0.05, "epochs": 8, "rho": 1.0}
+    settings["continue_on_failed_feasibility"] = True
+    model = copy_of(trained)
+    run = TrainingRun(unlearning(**settings, stop_on_stopping_criterion=True, stopping_rule=rule), task, model)
     rows = exhaust(run)
     assert run.result is not None and run.result.stop_reason is StopReason.CRITERION
-    column = {"aggregate": "stopping_margin", "feasible": "feasible_margin", "predicted": "predicted_margin"}[rule]
-    margins = [row[column] for row in rows if row["kind"] == "step"]
-    assert margins[-1] > 0 and all(margin <= 0 for margin in margins[:-1])
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert run.result.steps > 0 and steps[-1]["step"] == run.result.steps + 1, "the withheld step has its own number"
+    assert steps[-1][column] > 0 and all(row[column] <= 0 for row in steps[:-1])
+
+    twin = copy_of(trained)
+    other = TrainingRun(unlearning(**settings), task, twin)
+    for row in other:
+        if row["kind"] == "step" and row["step"] == run.result.steps:
+            break
+    assert all(torch.equal(new, old) for new, old in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_a_non_finite_loss_ends_the_run_with_the_last_finite_model(task: VisionTask, trained: nn.Module) -> None:
@@ -176,6 +190,8 @@ def test_training_stops_at_its_target_and_keeps_the_best_model(task: VisionTask)
     assert run.result is not None
     scores = [(row["retain_accuracy"] + row["forget_accuracy"]) / 2 for row in rows]
     assert (run.result.after["retain_accuracy"] + run.result.after["forget_accuracy"]) / 2 == max(scores)
+    kept = evaluate(task, run.model, batch_size=512, autocast=nullcontext())
+    assert kept == run.result.after, "the model itself is the best one"
 
 
 @pytest.mark.parametrize(
@@ -217,9 +233,60 @@ def test_a_killed_and_resumed_run_gives_the_uninterrupted_numbers_to_the_bit(
     for name, value in whole_model.state_dict().items():
         assert torch.equal(resumed_model.state_dict()[name], value), name
     assert dataclasses.asdict(resumed.result) | {"train_s": 0} == dataclasses.asdict(whole.result) | {"train_s": 0}
-    columns = ["kind", "step", "retain_batch_loss", "forget_batch_loss", "retain_loss", "kappa"]
+    columns = ["kind", "step", "retain_batch_loss", "forget_batch_loss", "retain_loss", "kappa", "stop_reason"]
     tables = [read_records(tmp_path / name / "records").select(columns).to_pylist() for name in ("whole", "parts")]
     assert str(tables[0]) == str(tables[1]), "no step is recorded twice, none is lost"
+
+
+def test_a_cancelled_run_goes_on_from_where_it_was_stopped(task: VisionTask, trained: nn.Module, tmp_path: Path) -> None:
+    config = unlearning(epochs=2, save_strategy="no")
+    whole_model, model = copy_of(trained), copy_of(trained)
+    exhaust(TrainingRun(config, task, whole_model))
+    cancelled = TrainingRun(config, task, model, checkpoint_path=tmp_path / "c.pt")
+    for row in cancelled:
+        if row["step"] == 5:
+            cancelled.request_stop(StopReason.CANCELLED)
+    resumed_model = copy_of(trained)
+    resumed = TrainingRun(config, task, resumed_model, checkpoint_path=tmp_path / "c.pt")
+    steps = [row["step"] for row in resumed if row["kind"] == "step"]
+    assert steps[0] == 6
+    assert all(torch.equal(a, b) for a, b in zip(resumed_model.parameters(), whole_model.parameters(), strict=True))
+
+
+def test_a_request_after_the_last_step_does_not_change_the_reason(task: VisionTask, trained: nn.Module) -> None:
+    run = TrainingRun(unlearning(), task, copy_of(trained))
+    for _ in run:
+        if run.step == run.total_steps:
+            run.request_stop(StopReason.CANCELLED)
+    assert run.result is not None and run.result.stop_reason is StopReason.FINISHED
+
+
+def test_records_tell_the_end_and_leave_out_what_a_method_has_not(task: VisionTask, trained: nn.Module, tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, {"trial_id": "t"})
+    exhaust(
+        TrainingRun(TrainConfig.from_flat({"method": "ft", "lr": 0.01, "epochs": 1}), task, copy_of(trained), recorder=recorder)
+    )
+    rows = read_records(tmp_path).to_pylist()
+    assert [row["stop_reason"] for row in rows if row["stop_reason"]] == ["finished"] * 2, "the last step and its evaluation"
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert all(row["forget_batch_loss"] is None and row["kappa"] is None for row in steps)
+    assert all(row["retain_batch_loss"] > 0 for row in steps)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_low_precision_pass_takes_nearly_the_same_steps(precision: str, task: VisionTask, trained: nn.Module) -> None:
+    moves = []
+    for settings in ({}, {precision: True}):
+        model = copy_of(trained)
+        run = TrainingRun(unlearning(epochs=0.3, **settings), task, model)
+        exhaust(run)
+        assert run.result is not None and run.result.stop_reason is StopReason.FINISHED
+        moves.append(
+            torch.cat([(new - old).flatten() for new, old in zip(model.parameters(), trained.parameters(), strict=True)])
+        )
+    cosine = torch.cosine_similarity(moves[0], moves[1], dim=0).item()
+    assert cosine > 0.95  # bf16 keeps 8 bits of each product; a wrong loss scale would change the length by 1000
+    assert moves[1].norm().item() == pytest.approx(moves[0].norm().item(), rel=0.1)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(task: VisionTask, trained: nn.Module, tmp_path: Path) -> None:
