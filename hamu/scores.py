@@ -1,4 +1,4 @@
-"""Scores of a model on rows: cross-entropy, entropy, accuracy, min-k log-probability, AUC of a membership test.
+"""Scores of a model on rows: cross-entropy, entropy, correctness, min-k log-probability, AUC of a membership test.
 
 Pure functions of tensors. Half-precision logits are scored in float32; the sums over rows are the caller's, in float64.
 """
@@ -11,6 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return the logits in float32 where their type is shorter, else as they are."""
+    return logits.float() if logits.element_size() < 4 else logits
+
+
 def cross_entropy_rows(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the loss of each row, -log p(label).
 
@@ -21,7 +26,7 @@ def cross_entropy_rows(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         (n,), nats, float32 or float64.
     """
-    return functional.cross_entropy(_at_least_float32(logits), labels, reduction="none")
+    return functional.cross_entropy(at_least_float32(logits), labels, reduction="none")
 
 
 def entropy_rows(logits: Tensor) -> Tensor:
@@ -33,17 +38,20 @@ def entropy_rows(logits: Tensor) -> Tensor:
     Returns:
         (n,), nats in [0, log(classes)]; NaN where a logit is NaN.
     """
-    return torch.special.entr(torch.softmax(_at_least_float32(logits), dim=-1)).sum(dim=-1)
+    return torch.special.entr(torch.softmax(at_least_float32(logits), dim=-1)).sum(dim=-1)
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the share of rows whose largest logit is the label's, in [0, 1]; NaN without rows.
+def correct_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return 1 for each row whose largest logit is the label's, else 0; their mean is the accuracy.
 
     Args:
         logits: (n, classes).
         labels: (n,), int64.
+
+    Returns:
+        (n,), float64.
     """
-    return (logits.argmax(dim=-1) == labels).double().mean().item()
+    return (logits.argmax(dim=-1) == labels).double()
 
 
 def min_k(logprobs: Tensor, valid: Tensor, k_pct: float) -> Tensor:
@@ -92,7 +100,3 @@ def auc(negatives: Tensor | np.ndarray, positives: Tensor | np.ndarray) -> float
 def _scores(values: Tensor | np.ndarray) -> np.ndarray:
     array = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
     return np.where(np.isnan(array), 0.0, array).ravel()
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits

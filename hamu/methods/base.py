@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hamu.methods.core import Rule
-from hamu.methods.names import HAMU_METHODS
 from hamu.methods.objectives import Objective
 
 
@@ -30,7 +29,9 @@ class Method:
     name: key in METHODS. summary: one line for people. source: paper, or METHODS section. rule: Gram in, weights out.
     retain, forget: given the settings, the objective whose gradient is g_r, g_f; None where the method uses no such batch.
     needs_original: whether an objective reads the frozen original model. one_block: whether the rule reads the Gram of the
-    whole model whatever the mode.
+    whole model whatever the mode. is_constrained: whether the rule takes a constraint and a radius. swaps_roles: whether
+    these limits, and the hardness of a step, are those of the pair (-g_f, -g_r). averages_retain: whether `gru_beta` puts a
+    moving average in the place of g_r.
     """
 
     name: str
@@ -41,11 +42,9 @@ class Method:
     forget: Callable[[MethodSettings], Objective] | None
     needs_original: bool = False
     one_block: bool = False
-
-    @property
-    def is_constrained(self) -> bool:
-        """Whether the rule takes a constraint (HAMU)."""
-        return self.name in HAMU_METHODS
+    is_constrained: bool = False
+    swaps_roles: bool = False
+    averages_retain: bool = False
 
     @property
     def is_paired(self) -> bool:

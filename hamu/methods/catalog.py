@@ -20,6 +20,7 @@ METHODS: dict[str, Method] = {
             rule=core.hamu_q,
             retain=lambda settings: cross_entropy,
             forget=lambda settings: cross_entropy,
+            is_constrained=True,
         ),
         Method(
             name="hamu-u",
@@ -28,6 +29,8 @@ METHODS: dict[str, Method] = {
             rule=core.hamu_u,
             retain=lambda settings: cross_entropy,
             forget=lambda settings: cross_entropy,
+            is_constrained=True,
+            swaps_roles=True,
         ),
         Method(
             name="ft",
@@ -79,6 +82,7 @@ METHODS: dict[str, Method] = {
             retain=lambda settings: cross_entropy,
             forget=lambda settings: cross_entropy,
             one_block=True,
+            averages_retain=True,
         ),
         Method(
             name="pcgrad",

@@ -14,7 +14,8 @@ from hamu.methods.base import Method
 from hamu.methods.catalog import find_method
 from hamu.methods.core import StepLimits, Weights
 from hamu.methods.gram import BlockLayout, Grams
-from hamu.methods.hardness import SPLITS, Hardness, measure_hardness, split_constraint, step_radius
+from hamu.methods.hardness import Hardness, measure_hardness, split_constraint, step_radius
+from hamu.methods.names import CONSTRAINT_SPLITS, STOPPING_RULES
 
 STOP_INFEASIBLE = "infeasible"
 STOP_NON_FINITE = "non_finite"
@@ -43,8 +44,8 @@ class StepRules:
             raise ConfigError(f"constraint {self.constraint} must be a finite number >= 0 (nats a step); use 0 for none")
         if self.radius is not None and not (math.isfinite(self.radius) and self.radius > 0):
             raise ConfigError(f"radius {self.radius} must be a finite number > 0, or None for lr * ||g_r||")
-        if self.split not in SPLITS:
-            raise ConfigError(unknown("split", self.split, SPLITS))
+        if self.split not in CONSTRAINT_SPLITS:
+            raise ConfigError(unknown("split", self.split, CONSTRAINT_SPLITS))
         if self.on_infeasible not in ("stop", "continue"):
             raise ConfigError(unknown("on_infeasible", self.on_infeasible, ("stop", "continue")))
 
@@ -69,7 +70,8 @@ class Step:
     """The result of `combine_gradients`.
 
     updates: weight changes, one per block, to be added to the weights (zeros where the step is withheld). branches: one per
-    block, of {"direct", "rectified", "colinear", "infeasible", "zero_forget_grad", "combined"}. constraints: Q_b per block, nats.
+    block, of {"direct", "rectified", "colinear", "infeasible", "zero_forget_grad", "combined"}. constraints: Q_b per block, nats
+    (in full-gradient mode the one branch and the one constraint of the whole model, repeated: do not sum them).
     The floats are over all blocks: kappa; stopping_rhs and stopping_margin of the published criterion (it fires where the margin
     is positive, which never withholds updates); stopping_margins by rule; max_constraint_ratio (nan without lr);
     predicted_*_change of the losses to first order, nats; gradient_product S. stop_reason: None, "infeasible" or "non_finite"
@@ -118,7 +120,7 @@ def decide_step(
         grams = grams.scaled(*clip)
     blocks = grams.total() if rules.full_grad or method.one_block else grams
     # Limits belong to the pair that the rule reads: HAMU-U's radius and split are those of (-g_f, -g_r).
-    roles = blocks.swapped() if method.name == "hamu-u" else blocks
+    roles = blocks.swapped() if method.swaps_roles else blocks
     limits = StepLimits(
         lr=float("nan") if lr is None else lr,
         radius=step_radius(roles, lr or 0.0, rules.radius),
@@ -133,7 +135,7 @@ def decide_step(
     is_withheld = not limits.continue_infeasible and bool((weights.branches == "infeasible").any())
     if is_withheld:
         weights = Weights(retain=weights.retain * 0, forget=weights.forget * 0, branches=weights.branches)
-    hardness = measure_hardness(method.name, blocks, limits, weights)
+    hardness = measure_hardness(blocks, limits, weights, swaps_roles=method.swaps_roles)
     repeat = n_blocks // len(blocks.cross)
     return Decision(
         table=np.tile(weights.table * clip, (repeat, 1)) if repeat > 1 else weights.table * clip,
@@ -232,8 +234,9 @@ def _withheld(n_blocks: int, reason: str, *, constraint: float) -> Decision:
             kappa=nan,
             gradient_product=nan,
             stopping_rhs=nan,
-            margins={"aggregate": nan, "feasible": nan, "predicted": nan},
+            margins=dict.fromkeys(STOPPING_RULES, nan),
             max_constraint_ratio=nan,
+            split_constraint_ratio=nan,
             predicted_retain_change=nan,
             predicted_forget_change=nan,
         ),

@@ -13,17 +13,15 @@ import numpy as np
 from hamu.methods.core import StepLimits, Weights
 from hamu.methods.gram import Grams
 
-SPLITS = ("grad_norm", "softmax_dp", "uniform")
-STOPPING_RULES = ("aggregate", "feasible", "predicted")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Hardness:
     """How hard one step is, over all blocks. Losses in nats.
 
     kappa: <g_r, g_f>. gradient_product: S, sum over blocks of ||g_r|| ||g_f||. stopping_rhs: right side of the published
-    criterion. margins: by stopping rule; a rule fires where its margin is positive. max_constraint_ratio: largest constraint
-    ratio whose step the sign-aware bound allows, nan without lr. predicted_*_change: first-order change of the two losses.
+    criterion. margins: by rule of STOPPING_RULES; a rule fires where its margin is positive. max_constraint_ratio: largest
+    constraint ratio whose step the sign-aware bound allows, nan without lr. predicted_*_change: first-order change of the two
+    losses.
     """
 
     kappa: float
@@ -31,6 +29,7 @@ class Hardness:
     stopping_rhs: float
     margins: dict[str, float]
     max_constraint_ratio: float
+    split_constraint_ratio: float
     predicted_retain_change: float
     predicted_forget_change: float
 
@@ -74,24 +73,27 @@ def split_constraint(grams: Grams, total: float, split: str, *, normalize: bool 
     return total * share
 
 
-def measure_hardness(method: str, grams: Grams, limits: StepLimits, weights: Weights) -> Hardness:
+def measure_hardness(grams: Grams, limits: StepLimits, weights: Weights, *, swaps_roles: bool) -> Hardness:
     """Compute kappa, the stopping margins, the largest feasible ratio and the predicted changes of one step.
 
     Args:
-        method: "hamu-u" reads the pair with swapped roles; every other method reads it as hamu-q does.
         grams: of (g_r, g_f), after clipping; one block in full-gradient mode.
-        limits: the radius and constraint of the step, of the pair that `method` reads.
+        limits: the radius and constraint of the step, of the pair (-g_f, -g_r) with `swaps_roles`.
         weights: what the rule returned, for the predicted changes.
+        swaps_roles: whether the free loss is the forget loss, which should rise (hamu-u), or the retain loss (all others).
 
     The published (aggregate) right side is sum R_b ||g_f|| sin(angle). It forgets that kappa must be positive for a step to
     raise the free loss, so the `feasible` bound is R_b ||g_f|| where kappa <= 0.
     """
-    roles = grams.swapped() if method == "hamu-u" else grams
+    roles = grams.swapped() if swaps_roles else grams
     sin = np.sqrt(roles.sin2)
     reach = limits.radius * roles.forget_norm
     aggregate = float((reach * sin).sum())
     feasible = float((reach * np.where(roles.cross > 0, sin, 1.0)).sum())
     total = float(limits.constraint.sum())
+    asked = limits.constraint > 0
+    with np.errstate(over="ignore"):
+        headroom = float((reach[asked] / limits.constraint[asked]).min()) if asked.any() else float("inf")
     retain_change = float((weights.retain * grams.retain + weights.forget * grams.cross).sum())
     forget_change = float((weights.retain * grams.cross + weights.forget * grams.forget).sum())
     return Hardness(
@@ -101,9 +103,10 @@ def measure_hardness(method: str, grams: Grams, limits: StepLimits, weights: Wei
         margins={
             "aggregate": total - aggregate,
             "feasible": total - feasible,
-            "predicted": -forget_change if method == "hamu-u" else retain_change,
+            "predicted": -forget_change if swaps_roles else retain_change,
         },
         max_constraint_ratio=feasible / limits.lr if limits.lr > 0 else float("nan"),
+        split_constraint_ratio=headroom * total / limits.lr if total > 0 else headroom,
         predicted_retain_change=retain_change,
         predicted_forget_change=forget_change,
     )

@@ -11,13 +11,15 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from hamu.scores import at_least_float32, cross_entropy_rows
+
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(logits (n, classes), labels (n,), original model's logits (n, classes) or None) -> losses in nats, shape (n,)."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, original_logits: Tensor | None = None) -> Tensor:
     """Negative log-probability of each label, in nats, shape (n,)."""
-    return F.cross_entropy(_at_least_float32(logits), labels, reduction="none")
+    return cross_entropy_rows(logits, labels)
 
 
 def kl_to_original(logits: Tensor, labels: Tensor, original_logits: Tensor | None) -> Tensor:
@@ -26,8 +28,8 @@ def kl_to_original(logits: Tensor, labels: Tensor, original_logits: Tensor | Non
     Source: SCRUB, arXiv 2302.09880, eq. 1, at temperature 1.
     """
     assert original_logits is not None, "the engine passes the original model's logits to methods that need them"
-    target = F.log_softmax(_at_least_float32(original_logits), dim=-1)
-    return F.kl_div(F.log_softmax(_at_least_float32(logits), dim=-1), target, reduction="none", log_target=True).sum(dim=-1)
+    target = F.log_softmax(at_least_float32(original_logits), dim=-1)
+    return F.kl_div(F.log_softmax(at_least_float32(logits), dim=-1), target, reduction="none", log_target=True).sum(dim=-1)
 
 
 def weighted(alpha: float, first: Objective, gamma: float, second: Objective) -> Objective:
@@ -37,7 +39,3 @@ def weighted(alpha: float, first: Objective, gamma: float, second: Objective) ->
         return alpha * first(logits, labels, original_logits) + gamma * second(logits, labels, original_logits)
 
     return objective
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.element_size() < 4 else logits

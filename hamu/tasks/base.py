@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hamu.data.splits import ForgetSet
 from hamu.errors import DataError, unknown
 from hamu.models.classifiers import logits_of
-from hamu.scores import cross_entropy_rows, entropy_rows
+from hamu.scores import correct_rows, cross_entropy_rows, entropy_rows
 
 SPLITS = ("retain", "forget", "test", "train")
 """`train` is the retain rows followed by the forget rows."""
@@ -158,7 +158,7 @@ class RowsInMemory:
         loss = cross_entropy_rows(logits, batch.labels).double()
         return RowScores(
             loss=loss,
-            correct=(logits.argmax(dim=-1) == batch.labels).double(),
+            correct=correct_rows(logits, batch.labels),
             entropy=entropy_rows(logits).double(),
             min_k=-loss,  # a row has one label, and the lowest of one log-probability is itself
         )

@@ -19,8 +19,9 @@ from torch.utils.data import Dataset, TensorDataset
 from hamu.data.hashing import sha256_arrays
 from hamu.data.splits import ForgetSet
 from hamu.errors import CheckpointError, DataError
+from hamu.hub import one_line
 from hamu.models.classifiers import replaced_files
-from hamu.tasks.base import RowsInMemory, first_line
+from hamu.tasks.base import RowsInMemory
 
 Rows = tuple[Tensor, Tensor] | Dataset[Any]
 """A pair of tensors (inputs (n, ...), labels (n,)), or a dataset whose rows are (input, label)."""
@@ -64,7 +65,7 @@ class OwnTask(RowsInMemory):
             if other.shape[1:] != inputs.shape[1:] or other.dtype != inputs.dtype:
                 raise DataError(f"{split} inputs are {_describe(other)} a row, retain inputs {_describe(inputs)}; give one form")
         n_retain, n_forget = len(labels), len(parts["forget"][1])
-        hashes = {split: sha256_arrays(rows[0].numpy(), rows[1].numpy()) for split, rows in parts.items()}
+        hashes = {split: sha256_arrays(_array(rows[0]), rows[1].numpy()) for split, rows in parts.items()}
         forget_set = ForgetSet(
             forget=np.arange(n_retain, n_retain + n_forget, dtype=np.int64),
             retain=np.arange(n_retain, dtype=np.int64),
@@ -107,7 +108,7 @@ class OwnTask(RowsInMemory):
             load_safetensors(model, file, device=str(self.device))
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise CheckpointError(
-                f"{str(file)!r} does not fit the model ({first_line(error)}); give weights saved from it"
+                f"{str(file)!r} does not fit the model ({one_line(error)}); give weights saved from it"
             ) from error
         return model
 
@@ -151,7 +152,7 @@ def _stack(rows: Any, split: str) -> tuple[Tensor, Tensor]:
             labels.append(int(label))
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"row {number} of {split} is not (tensor, class label) ({first_line(error)}); give rows of that form, "
+                f"row {number} of {split} is not (tensor, class label) ({one_line(error)}); give rows of that form, "
                 "such as images made tensors by a transform"
             ) from error
     if not inputs:
@@ -161,6 +162,11 @@ def _stack(rows: Any, split: str) -> tuple[Tensor, Tensor]:
         few = ", ".join(map(str, sorted(shapes)[:3]))
         raise DataError(f"{split} has inputs of {len(shapes)} shapes ({few}, ...); give all rows one shape")
     return torch.stack(inputs).detach().cpu(), torch.tensor(labels, dtype=torch.int64)
+
+
+def _array(inputs: Tensor) -> np.ndarray:
+    """The rows' numbers for hashing; numpy has no bfloat16, so its bits are read as integers."""
+    return (inputs.view(torch.int16) if inputs.dtype == torch.bfloat16 else inputs).numpy()
 
 
 def _describe(inputs: Tensor) -> str:

@@ -133,7 +133,7 @@ class PairedEngine:
         grams = grams.scaled(unscale, unscale)
         retain_clip, forget_clip = clip_factors(grams, max_grad_norm)
         clip = retain_clip * unscale, forget_clip * unscale
-        if self._settings.gru_beta > 0 and self.method.name == "gru" and grams.is_finite:
+        if self._settings.gru_beta > 0 and self.method.averages_retain and grams.is_finite:
             self._average_retain(clip[0])
             clip, of_step = (1.0, clip[1]), self.layout.grams(self.pair)
         decision = decide_step(self.method, of_step, lr=lr, rules=rules, clip=clip)

@@ -45,7 +45,7 @@ def evaluate(task: Task, model: nn.Module, *, batch_size: int, autocast: Abstrac
             batch = task.batch(split, positions)
             with autocast:
                 logits = task.logits(model, batch)
-            scores.append(task.row_scores(logits.float() if logits.element_size() < 4 else logits, batch))
+            scores.append(task.row_scores(logits, batch))
         losses[split] = torch.cat([part.loss for part in scores]).cpu()
         min_k[split] = torch.cat([part.min_k for part in scores]).cpu()
         metrics[f"{split}_loss"] = float(losses[split].double().mean())

@@ -306,8 +306,9 @@ class TrainingRun:
             self._message = f"stopped at step {self.step}, infeasible: " + self._feasible(hardness)
 
     def _feasible(self, hardness: Hardness) -> str:
+        feasible = min(hardness.max_constraint_ratio, hardness.split_constraint_ratio)
         return (
-            f"constraint ratio {self.config.constraint_ratio:.4g} was asked for, up to {hardness.max_constraint_ratio:.4g} would "
+            f"constraint ratio {self.config.constraint_ratio:.4g} was asked for, up to {feasible:.4g} would "
             f"have been feasible here (S = {hardness.gradient_product:.4g})"
         )
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hamu.errors import ConfigError
-from hamu.methods.names import METHOD_NAMES
+from hamu.methods.names import METHOD_NAMES, STOPPING_RULES
 from hamu.training.fields import check_choice, check_range, setting, switch
 
 NO_METHOD = "none"
-STOPPING_RULES = ("aggregate", "feasible", "predicted")
 DEFAULT_CONSTRAINT_RATIO = 0.5
 
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hamu.methods.base import Method
+from hamu.methods.core import BRANCHES
 from hamu.training.engine import StepReport
 from hamu.training.stop import StopReason
-
-BRANCHES = ("direct", "rectified", "colinear", "infeasible", "zero_forget_grad")
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from hamu.errors import ConfigError
 from hamu.methods.base import Method, MethodSettings
 from hamu.methods.catalog import METHODS, find_method
 from hamu.methods.names import HAMU_METHODS, METHOD_NAMES
+from hamu.training.method_settings import MethodConfig
 
 entries = pytest.mark.parametrize("method", [pytest.param(method, id=name) for name, method in METHODS.items()])
 BRANCHES = {"direct", "rectified", "colinear", "infeasible", "zero_forget_grad", "combined"}
@@ -30,6 +31,17 @@ def test_names_are_those_of_the_torch_free_list() -> None:
     assert set(METHODS) == set(METHOD_NAMES)
     assert len(METHOD_NAMES) == len(set(METHOD_NAMES))
     assert set(HAMU_METHODS) == {name for name, method in METHODS.items() if method.is_constrained}
+
+
+def test_default_hyper_parameters_are_those_of_the_command_line() -> None:
+    """The engine may be used without a configuration; the two must not drift apart."""
+    defaults = dataclasses.asdict(MethodSettings())
+    assert defaults == {name: getattr(MethodConfig(), name) for name in defaults}
+
+
+def test_only_hamu_u_swaps_roles_and_only_gru_averages() -> None:
+    assert [name for name, method in METHODS.items() if method.swaps_roles] == ["hamu-u"]
+    assert [name for name, method in METHODS.items() if method.averages_retain] == ["gru"]
 
 
 def test_catalog_holds_the_promised_methods() -> None:

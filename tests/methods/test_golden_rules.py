@@ -58,8 +58,10 @@ def test_one_block_update_and_branch_equal_the_reference(case: dict[str, Any]) -
     scale = params["lr"] if params["use_lr_radius"] else params["radius"] / logs["retain_grad_norm"]
     if not case["name"].startswith("colinear") and not case["name"].startswith("both_zero"):
         rhs = logs["stopping_criterion"] * scale
-        assert step.stopping_rhs == pytest.approx(rhs, rel=TOLERANCE[case["dtype"]], abs=1e-9 * params["lr"])
-        assert step.kappa == pytest.approx(logs["gradient_dot_product"], rel=TOLERANCE[case["dtype"]], abs=1e-8)
+        assert step.stopping_rhs == pytest.approx(rhs, rel=TOLERANCE[case["dtype"]], abs=0)
+        # Orthogonal gradients: what is left of kappa is the rounding of its terms, which ||g_r|| ||g_f|| bounds.
+        rounding = float(np.finfo(retain.numpy().dtype).eps) * step.gradient_product
+        assert step.kappa == pytest.approx(logs["gradient_dot_product"], rel=TOLERANCE[case["dtype"]], abs=rounding)
 
 
 @pytest.mark.parametrize("case", cases_of("optimizer"))
@@ -88,23 +90,23 @@ def test_blocks_share_the_constraint_as_the_reference(case: dict[str, Any]) -> N
     )
     tolerance = TOLERANCE[case["dtype"]]
     logs = expected["preprocess_logs"]
-    assert step.stopping_rhs == pytest.approx(logs["aggregate_stopping_rhs"][0], rel=tolerance)
-    assert step.stopping_margin == pytest.approx(logs["stopping_margin"][0], rel=20 * tolerance)
+    assert step.stopping_rhs == pytest.approx(logs["aggregate_stopping_rhs"][0], rel=tolerance, abs=0)
+    assert step.stopping_margin == pytest.approx(logs["stopping_margin"][0], rel=20 * tolerance, abs=0)
     if "constraint_grad_norm_product" in logs:
-        assert step.gradient_product == pytest.approx(logs["constraint_grad_norm_product"][0], rel=tolerance)
+        assert step.gradient_product == pytest.approx(logs["constraint_grad_norm_product"][0], rel=tolerance, abs=0)
     if expected["stop_reason"] == "failed_feasibility":  # the reference ends at its first infeasible block
         assert step.stop_reason == "infeasible" and step.branches[0] == "infeasible"
         assert all(not update.any() for update in step.updates)
         return
     assert step.stop_reason is None
     assert list(step.branches) == expected["branches"]
-    assert list(step.constraints) == pytest.approx(expected["local_constraints"], rel=tolerance)
+    assert list(step.constraints) == pytest.approx(expected["local_constraints"], rel=tolerance, abs=0)
     key = "weight_delta_concatenated" if f"{case['arrays']}/weight_delta_concatenated" in ARRAYS else "weight_delta"
     update = np.concatenate([update.numpy().ravel() for update in step.updates])
     assert_update_close(update, ARRAYS[f"{case['arrays']}/{key}"], case["dtype"])
     if key == "weight_delta":
-        assert step.predicted_retain_change == pytest.approx(expected["dot_delta_retain"], rel=tolerance)
-        assert step.predicted_forget_change == pytest.approx(expected["dot_delta_forget"], rel=tolerance)
+        assert step.predicted_retain_change == pytest.approx(expected["dot_delta_retain"], rel=tolerance, abs=0)
+        assert step.predicted_forget_change == pytest.approx(expected["dot_delta_forget"], rel=tolerance, abs=0)
 
 
 @pytest.mark.parametrize("case", cases_of("baseline"))

@@ -62,6 +62,13 @@ def test_hash_follows_the_rows() -> None:
     assert other.forget_set.sha256 != make_task().forget_set.sha256
 
 
+def test_bfloat16_rows_are_rows_like_any_others() -> None:
+    half = [(inputs.bfloat16(), labels) for inputs, labels in (rows(9, 0), rows(4, 1), rows(4, 5))]
+    task = OwnTask(half[0], half[1], model=nn.Linear(5, 3))
+    assert task.batch("retain", torch.arange(9)).inputs.dtype == torch.bfloat16
+    assert task.forget_set.sha256 != OwnTask(half[0], half[2], model=nn.Linear(5, 3)).forget_set.sha256
+
+
 def test_task_without_test_rows_has_none() -> None:
     assert OwnTask(rows(9, 0), rows(4, 1), model=nn.Linear(5, 3)).n_rows("test") == 0
 

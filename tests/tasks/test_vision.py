@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -186,3 +187,60 @@ def test_task_for_takes_forget_set_and_model_of_the_configuration() -> None:
     assert task.forget_set.sha256 == expected.sha256
     assert task.logits(task.new_model(0), task.batch("retain", torch.arange(3))).shape == (3, 5)
     assert task.batch("retain", torch.arange(3)).inputs.shape == (3, 3, 16, 16)
+
+
+def test_images_are_normalised_as_the_start_model_was_trained(tmp_path: Path) -> None:
+    task = make_task()
+    task.save_model(task.new_model(0), tmp_path, {})
+    said = json.loads((tmp_path / "record.json").read_text())
+    assert said["normalisation"] == {"mean": list(task.data.mean), "std": list(task.data.std), "scale": 1 / 255}
+    (tmp_path / "record.json").unlink()
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}))
+    data = task.data
+    rows = data.test_images[:4] * data.scale
+    expected = (rows - np.array([0.5, 0.4, 0.3])[:, None, None]) / np.array([0.1, 0.2, 0.3])[:, None, None]
+    for settings in ({"model_name": str(tmp_path)}, {"start": tmp_path}):
+        published = make_task(data, **settings)
+        assert published.batch("test", torch.arange(4)).inputs.numpy() == pytest.approx(expected, abs=1e-5)  # float32
+    # what it says is kept with a model made from it
+    published.save_model(published.new_model(0), tmp_path / "made", {})
+    assert make_task(data, start=tmp_path / "made").mean == (0.5, 0.4, 0.3)
+
+
+def test_grey_images_take_a_colour_models_normalisation_channel_by_channel(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [1, 2, 4]}))
+    data = make_data(n_channels=1, side=32)
+    images = make_task(data, model_name="torchvision/shufflenet_v2_x0_5", start=tmp_path).batch("test", torch.arange(2)).inputs
+    for channel, (mean, std) in enumerate(((0.5, 1), (0.4, 2), (0.3, 4))):
+        expected = (data.test_images[:2, 0] * data.scale - mean) / std
+        assert images[:, channel].numpy() == pytest.approx(expected, abs=1e-5)  # float32
+
+
+@pytest.mark.parametrize(
+    ("said", "mean"),
+    [
+        ({"do_normalize": False, "image_mean": [0.5]}, (0.0,)),
+        ({"size": 8}, None),
+        ({"image_mean": 0.5, "image_std": 0.1}, (0.5,)),
+    ],
+)
+def test_what_a_preprocessor_file_says_is_taken(tmp_path: Path, said: dict[str, Any], mean: tuple[float, ...] | None) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    task = make_task(start=tmp_path)
+    assert task.mean == (task.data.mean if mean is None else mean)
+
+
+@pytest.mark.parametrize("said", [{"image_mean": [1, 2], "image_std": [1, 2]}, {"image_mean": "x", "image_std": [0]}, [1]])
+def test_a_normalisation_that_cannot_be_is_refused(tmp_path: Path, said: Any) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError) as error:
+        make_task(start=tmp_path)
+    assert "mend" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_called_resnet20_is_not_the_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task()
+    task.save_model(task.new_model(0), tmp_path / "resnet20", {"normalisation": {"mean": [0.5], "std": [1.0]}})
+    monkeypatch.chdir(tmp_path)
+    assert make_task().mean == task.mean

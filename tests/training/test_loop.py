@@ -124,6 +124,18 @@ def test_an_infeasible_run_stops_at_step_0_and_says_which_ratio_was_feasible(tas
     assert result.after == result.before and rows[-1]["stop_reason"] == "infeasible"
 
 
+@pytest.mark.parametrize("split", [{}, {"distribute_constraint_uniform": True}, {"distribute_constraint_softmax_dp": True}])
+def test_the_ratio_that_an_infeasible_run_names_is_feasible(split: dict[str, bool], task: VisionTask, trained: nn.Module) -> None:
+    run = TrainingRun(unlearning(constraint_ratio=0.9, **split), task, copy_of(trained))
+    exhaust(run)
+    assert run.result is not None and run.result.steps == 0 and run.result.message is not None
+    named = float(run.result.message.split("up to ")[1].split(" ")[0])
+    # 0.999: the message rounds to four digits.
+    again = TrainingRun(unlearning(constraint_ratio=0.999 * named, **split), task, copy_of(trained))
+    exhaust(again)
+    assert again.result is not None and again.result.steps > 0
+
+
 def test_a_ratio_below_the_largest_feasible_one_does_step(task: VisionTask, trained: nn.Module) -> None:
     probe = TrainingRun(unlearning(), task, copy_of(trained)).measure_hardness()
     run = TrainingRun(unlearning(constraint_ratio=0.5 * probe["max_constraint_ratio"]), task, copy_of(trained))
