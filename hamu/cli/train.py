@@ -11,25 +11,29 @@ stopped by signal n (model and metrics are kept).
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import logging
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from hamu.cli.environment import read_environment
 from hamu.cli.published import IGNORED, translate
 from hamu.errors import ConfigError, HamuError
+from hamu.models.record import json_text
 from hamu.training.config import ALIASES, GROUPS, KNOWN, TrainConfig
 from hamu.training.fields import unknown_key
-from hamu.training.inputs import check_inputs
+from hamu.training.inputs import check_inputs, check_start
 
 if TYPE_CHECKING:
     from hamu.training.loop import TrainingRun
+    from hamu.training.session import Session
 
 _UNSET = object()
 
@@ -111,8 +115,8 @@ def _canonical(token: str) -> str:
     return "--" + ALIASES.get(name, name) + equals + value
 
 
-def describe(parsed: Parsed) -> str:
-    """The resolved configuration: what was given and where, then what follows from it by default."""
+def describe(parsed: Parsed, start: Path | None = None) -> str:
+    """The resolved configuration: what was given and where, then what follows from it by default, and the `start` model."""
     config, flat = parsed.config, parsed.config.to_flat()
     resolved: dict[str, Any] = {
         "unlearning_method": config.method_name,
@@ -143,6 +147,8 @@ def describe(parsed: Parsed) -> str:
             other = {"constraint_ratio": "hamu_constraint", "hamu_constraint": "constraint_ratio"}[name]
             source = f"from {other}" if other in parsed.sources else "default"
         lines.append(f"  {name:<{width}}  {value}  ({source})")
+    if start is not None:
+        lines.append(f"  {'starts from':<{width}}  {start}")
     return "\n".join(lines)
 
 
@@ -181,24 +187,23 @@ class SignalStop:
 def run(parsed: Parsed) -> int:
     """Run what was parsed, or with `dry_run` say what it would do; print metrics and path; returns the exit code."""
     config = parsed.config
-    with SignalStop() as signals:
+    with SignalStop() as signals, _said_on_stderr():
         from hamu.training.session import run_training
 
         if config.run.dry_run:
             return dry_run(config)
 
-        def on_start(run: TrainingRun) -> None:
+        def on_start(run: TrainingRun, session: Session) -> None:
             signals.run = run
-            if not config.run.resume:
-                print(hardness_line(config, run), end="", flush=True)
+            print(hardness_line(config, run, session.hardness_so_far()), end="", flush=True)
 
-        result, session = run_training(config, progress=True, on_start=on_start)
-    print(json.dumps({**result.row(), "model_path": str(session.model_folder)}, default=str))
-    if result.message:
-        print(result.message, file=sys.stderr)
-    if signals.number is not None and result.stop_reason == "cancelled":
+        row, session = run_training(config, progress=True, on_start=on_start)
+    print(json_text({**row, "model_path": str(session.model_folder)}))
+    if row.get("message"):
+        print(row["message"], file=sys.stderr)
+    if signals.number is not None and row["stop_reason"] == "cancelled":
         return 128 + signals.number
-    return 1 if result.stop_reason == "non_finite" else 0
+    return 1 if row["stop_reason"] == "non_finite" else 0
 
 
 def dry_run(config: TrainConfig) -> int:
@@ -207,37 +212,68 @@ def dry_run(config: TrainConfig) -> int:
     from hamu.training.session import Session
 
     session = Session(config)
-    planned = TrainingRun(config, session.task, session.load_start())
+    planned = TrainingRun(session.config, session.task, session.load_start())
     rows = ", ".join(f"{split} {session.task.n_rows(split)}" for split in ("retain", "forget", "test"))
     print(f"plan\n  rows: {rows}\n  steps: {planned.total_steps}\n  model to: {session.model_folder}")
-    print(hardness_line(config, planned), end="")
+    print(hardness_line(config, planned, session.hardness_so_far()), end="")
     return 0
 
 
-def hardness_line(config: TrainConfig, run: TrainingRun) -> str:
+def hardness_line(config: TrainConfig, run: TrainingRun, before: Mapping[str, float] | None = None) -> str:
     """What decides whether a HAMU run does anything: S and the largest feasible ratio; empty for other methods.
 
-    Measured at the first batches with the random state restored; not where it would move BatchNorm statistics.
+    Args:
+        config: of the run.
+        run: measured at its first batches; the random state and the model's statistics are left as they are.
+        before: what was measured at the first step of a run that is gone on with; None: this run begins.
     """
-    if not (config.is_hamu and config.freeze_batchnorm):
+    if not config.is_hamu or (before is not None and not before):
         return ""
-    import torch
-
-    with torch.random.fork_rng():
-        hardness = run.measure_hardness()
+    hardness = _measured(run) if before is None else before
+    when = "" if before is None else " at step 0"
     return (
-        f"hardness: S = {hardness['gradient_product']:.4g}, largest feasible constraint ratio "
+        f"hardness{when}: S = {hardness['gradient_product']:.4g}, largest feasible constraint ratio "
         f"{hardness['max_constraint_ratio']:.4g} (asked for: {config.constraint_ratio:.4g})\n"
     )
+
+
+def _measured(run: TrainingRun) -> dict[str, float]:
+    """Hardness at the first batches, with BatchNorm's running statistics put back where they are not frozen."""
+    import torch
+
+    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
+    with torch.random.fork_rng():
+        hardness = run.measure_hardness()
+    with torch.no_grad():
+        for buffer, saved in buffers:
+            buffer.copy_(saved)
+    return hardness
+
+
+@contextlib.contextmanager
+def _said_on_stderr() -> Iterator[None]:
+    """Print what the parts of this program log, a line each; the progress line stays at the bottom."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(lambda record: not str(record.msg).startswith("hardness"))  # printed before the run already
+    logger = logging.getLogger("hamu")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `python -m hamu.cli.train`; returns the exit code."""
     try:
         parsed = parse(sys.argv[1:] if argv is None else argv, os.environ)
+        start = check_start(parsed.config)
         for line in parsed.warnings:
             print(f"warning: {line}", file=sys.stderr)
-        print("configuration\n" + describe(parsed), flush=True)
+        print("configuration\n" + describe(parsed, start), flush=True)
         return run(parsed)
     except HamuError as error:
         if "--debug" in (sys.argv[1:] if argv is None else argv):

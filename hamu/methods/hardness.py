@@ -20,8 +20,8 @@ class Hardness:
 
     kappa: <g_r, g_f>. gradient_product: S, sum over blocks of ||g_r|| ||g_f||. stopping_rhs: right side of the published
     criterion. margins: by rule of STOPPING_RULES; a rule fires where its margin is positive. max_constraint_ratio: largest
-    constraint ratio whose step the sign-aware bound allows, nan without lr. predicted_*_change: first-order change of the two
-    losses.
+    constraint ratio whose step the sign-aware bound allows, nan without lr. split_constraint_ratio: largest ratio that every
+    block can meet with the split at hand, inf without a constraint. predicted_*_change: first-order change of the two losses.
     """
 
     kappa: float

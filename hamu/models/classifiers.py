@@ -26,8 +26,10 @@ from transformers.utils import logging as transformers_logging
 
 from hamu.errors import CheckpointError, ConfigError
 from hamu.hub import offline, one_line, why_not_on_hub
+from hamu.models.record import RECORD_NAME, json_text
 from hamu.models.resnet import ResNet20, resnet20_config
 
+_RESNET20 = "resnet20"
 _TORCHVISION = "torchvision/"
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 _STEM = "resnet.embedder.embedder.convolution.weight"
@@ -54,9 +56,10 @@ def build_classifier(
         ConfigError: the name is not known, or the model does not take such images.
         CheckpointError: the folder holds no image classifier, or the hub model cannot be had.
     """
+    model_name = os.path.expanduser(model_name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if model_name == "resnet20":
+        if model_name == _RESNET20:
             return ResNet20(resnet20_config(n_classes=n_classes, n_channels=n_channels))
         if model_name.startswith(_TORCHVISION):
             return _new_torchvision(model_name, n_classes=n_classes, n_channels=n_channels, img_size=img_size)
@@ -82,7 +85,8 @@ def input_shape(model_name: str, *, n_channels: int) -> tuple[int, int | None]:
     Raises:
         ConfigError, CheckpointError: as `build_classifier`.
     """
-    if model_name == "resnet20":
+    model_name = os.path.expanduser(model_name)
+    if model_name == _RESNET20:
         return n_channels, None
     if model_name.startswith(_TORCHVISION):
         return 3, None
@@ -105,7 +109,7 @@ def save_classifier(model: nn.Module, path: str | Path, record: Mapping[str, Any
     Args:
         model: one that `build_classifier` or `load_classifier` returned, perhaps compiled.
         path: the folder; made when missing, other files in it are left alone.
-        record: how the model was made (JSON-able; anything else is written as its string), as `record.json`.
+        record: how the model was made (JSON-able: NaN becomes null, anything else its string), as `record.json`.
 
     Raises:
         CheckpointError: the model is of neither library, so that it could not be loaded again.
@@ -135,7 +139,7 @@ def load_classifier(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: the folder is missing, or holds no image classifier.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"no model folder at {str(folder)!r}; give the folder that holds the model's weights")
     if (folder / "config.json").is_file():
@@ -162,8 +166,8 @@ def replaced_files(path: str | Path, record: Mapping[str, Any]) -> Iterator[Path
     try:
         yield scratch
         written = sorted(scratch.iterdir())
-        (scratch / "record.json").write_text(json.dumps(dict(record), indent=2, default=str) + "\n")
-        for file in (*written, scratch / "record.json"):
+        (scratch / RECORD_NAME).write_text(json_text(record, indent=2) + "\n")
+        for file in (*written, scratch / RECORD_NAME):
             os.replace(file, folder / file.name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

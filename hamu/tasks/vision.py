@@ -16,6 +16,7 @@ from hamu.data.sources import ImageData
 from hamu.data.splits import ForgetSet, draw_forget_set
 from hamu.errors import CheckpointError, ConfigError
 from hamu.models.classifiers import build_classifier, input_shape, load_classifier, logits_of, save_classifier
+from hamu.models.normalisation import NORMALISATION, input_statistics
 from hamu.tasks.base import RowsInMemory, first_line
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class VisionTask(RowsInMemory):
         device: str | torch.device = "cpu",
         channels_last: bool = True,
         k_pct: float = 0.1,
+        start: str | Path | None = None,
     ) -> None:
         """Take the data as it is: read-only arrays of a shared store are neither copied (on the CPU) nor written into.
 
@@ -48,9 +50,12 @@ class VisionTask(RowsInMemory):
             device: of batches and models.
             channels_last: memory layout of batches and models; about 1.3x as fast on a CPU.
             k_pct: share of a row's labels that min-k averages, in (0, 1]; of one label a row it is always that one.
+            start: folder of the model that will be loaded, where it is not `model_name`: its images are normalised as that
+                model says (`input_statistics`). A model that says nothing gets the data's own mean and std.
 
         Raises:
             ConfigError: fewer outputs than classes, `k_pct` out of range, or colour images for a grey model.
+            CheckpointError: the model's normalisation has another number of channels than its images.
         """
         if n_classes is not None and n_classes < data.n_classes:
             raise ConfigError(f"num_labels is {n_classes}, but {data.name!r} has {data.n_classes} classes; give as many")
@@ -72,19 +77,29 @@ class VisionTask(RowsInMemory):
                 f"model {model_name!r} takes {self.n_channels}-channel images, but {data.name!r} has "
                 f"{data.n_channels}; use 'resnet20'"
             )
+        self.default_side = native_side or data.img_size[0]
+        """Pixels a side that batches have where no `img_size` is given."""
         side = img_size or native_side
         self.resize_to = (side, side) if side is not None and (side, side) != data.img_size else None
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         # (pixel * scale - mean) / std as one product and one sum
-        std = np.asarray(data.std)
+        self.mean, self.std = input_statistics(str(start or model_name)) or (data.mean, data.std)
+        if len(self.mean) not in {1, data.n_channels, self.n_channels}:
+            raise CheckpointError(
+                f"model {str(start or model_name)!r} normalises {len(self.mean)} channels, but takes {self.n_channels}-channel "
+                "images; mend its preprocessor_config.json"
+            )
+        std = np.asarray(self.std)
         self._factor = self._per_channel(data.scale / std)
-        self._shift = self._per_channel(-np.asarray(data.mean) / std)
+        self._shift = self._per_channel(-np.asarray(self.mean) / std)
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """Normalise stored pixels (n, channels, h, w) uint8 into the model's images, float32.
 
         The result has the model's channels (grey is repeated) and size, in the task's memory layout.
         """
+        if len(self.mean) > inputs.shape[1]:  # grey pixels, for a model that normalises each of its channels in its own way
+            inputs = inputs.expand(-1, len(self.mean), -1, -1)
         images = inputs.to(torch.float32, memory_format=self._layout)  # a copy, so that it may be written into
         images.mul_(self._factor).add_(self._shift)
         if self.resize_to is not None:
@@ -124,8 +139,9 @@ class VisionTask(RowsInMemory):
         return self._placed(model)
 
     def save_model(self, model: nn.Module, path: str | Path, record: Mapping[str, Any]) -> None:
-        """Write a model folder that its own library reads, with `record` in its `record.json`."""
-        save_classifier(model, path, record)
+        """Write a model folder that its own library reads, with `record` and the normalisation used in its `record.json`."""
+        used = {"mean": list(self.mean), "std": list(self.std), "scale": self.data.scale}
+        save_classifier(model, path, {**record, NORMALISATION: used})
 
     def _per_channel(self, values: np.ndarray) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
@@ -134,8 +150,16 @@ class VisionTask(RowsInMemory):
         return model.to(device=self.device, memory_format=self._layout)  # type: ignore[call-overload]
 
 
-def task_for(config: TrainConfig, data: ImageData, *, device: str | torch.device = "cpu") -> VisionTask:
+def task_for(
+    config: TrainConfig, data: ImageData, *, device: str | torch.device = "cpu", start: str | Path | None = None
+) -> VisionTask:
     """Build the vision task of a configuration: draws its forget set and takes its model name.
+
+    Args:
+        config: the settings.
+        data: the rows.
+        device: of batches and models.
+        start: folder of the model that will be loaded, which may state how its images are normalised; None: `model_name`.
 
     Raises:
         ConfigError, DataError: as `draw_forget_set` and `VisionTask`.
@@ -155,6 +179,7 @@ def task_for(config: TrainConfig, data: ImageData, *, device: str | torch.device
         img_size=config.run.img_size,
         device=device,
         k_pct=config.data.k_pct,
+        start=start,
     )
 
 

@@ -1,4 +1,4 @@
-"""Where things lie under the artifact root, and the record that every model folder carries."""
+"""Where things lie under the artifact root, and the record that every model folder carries. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,15 +7,34 @@ import importlib.metadata
 import json
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hamu.errors import CheckpointError
+from hamu.models.record import RECORD_NAME
 from hamu.training.config import TrainConfig
+from hamu.training.stop import StopReason
 
-RECORD_NAME = "record.json"
+__all__ = [
+    "PUBLISHED", "RECORD_NAME", "canonical", "check_replaceable", "holds_model", "make_record", "place_for", "read_record",
+    "recipe_at", "recipe_of", "results_path", "start_model_of", "stop_reason_at", "task_name", "trained_model_path",
+]  # fmt: skip
+
+PUBLISHED = (StopReason.FINISHED, StopReason.TARGET)
+"""Ends of a training run whose model is fit to start from; any other end leaves its model in the run's own folder."""
+
 _TASKS = {"uoft-cs/cifar10": "cifar", "cifar10": "cifar", "uoft-cs/cifar100": "cifar100"}
 _PACKAGES = ("torch", "torchvision", "transformers", "ray", "numpy")
+_DESCRIPTIONS = ("config.json", "classifier.json")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+
+
+def canonical(config: TrainConfig) -> TrainConfig:
+    """The configuration that a run goes by: an original is trained with rho 0, since it does not depend on rho."""
+    if not config.is_unlearning and config.data.add_forget_to_train and config.data.hard_probability != 0.0:
+        return config.replace(hard_probability=0.0)
+    return config
 
 
 def task_name(config: TrainConfig) -> str:
@@ -37,22 +56,101 @@ def trained_model_path(config: TrainConfig, *, variant: str) -> Path:
     return Path(config.run.artifact_root) / "checkpoints" / task_name(config) / f"seed_{config.run.seed}" / group / variant
 
 
-def results_path(config: TrainConfig) -> Path:
-    """Folder of a single run: results/<task>/<method>-<recipe>."""
-    return Path(config.run.artifact_root) / "results" / task_name(config) / f"{config.method_name}-{config.recipe_hash()}"
+def results_path(config: TrainConfig, recipe: str) -> Path:
+    """Folder of a single run: results/<task>/<method>-<recipe>, the recipe as `recipe_of` with the data and the start model."""
+    return Path(config.run.artifact_root) / "results" / task_name(config) / f"{config.method_name}-{recipe}"
 
 
-def recipe_of(config: TrainConfig, data_sha256: str) -> str:
-    """Eight hex digits of everything that decides a trained model's numbers: the settings and the data's content."""
-    return hashlib.sha256(f"{config.recipe_hash()} {data_sha256}".encode()).hexdigest()[:8]
+def recipe_of(config: TrainConfig, data_sha256: str, start: Mapping[str, Any] | None = None) -> str:
+    """Eight hex digits of everything that decides a model's numbers: the settings, the data's content, and the start model.
+
+    Args:
+        config: the settings.
+        data_sha256: of the data.
+        start: as `start_model_of`; None: new weights, or those of a name that is in the settings.
+    """
+    parts = [config.recipe_hash(), data_sha256, *([] if start is None else [str(start["recipe"])])]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
 
 
 def place_for(path: Path, recipe: str) -> Path:
     """`path` where it is free or holds this recipe, otherwise `path` with the recipe as suffix: nothing is overwritten."""
-    record = path / RECORD_NAME
-    if path.exists() and (not record.exists() or read_record(path).get("recipe") != recipe):
-        return path.with_name(f"{path.name}-{recipe}")
-    return path
+    if _is_free(path):
+        return path
+    try:
+        is_same = recipe_at(path) == recipe
+    except CheckpointError:
+        is_same = False
+    return path if is_same else path.with_name(f"{path.name}-{recipe}")
+
+
+def check_replaceable(path: Path, recipe: str | None = None) -> None:
+    """Refuse to put a model where something else lies: only a free place, or a folder of the same recipe, may be taken.
+
+    Args:
+        path: where a model is to lie.
+        recipe: of that model; None: not known yet, so that any folder of this program passes.
+
+    Raises:
+        CheckpointError: a file, a folder that this program did not make, or a model of another recipe.
+    """
+    if _is_free(path):
+        return
+    if not path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a file; a model is written into a folder: give another path")
+    found = recipe_at(path)
+    if found is None:
+        raise CheckpointError(
+            f"{str(path)!r} is not empty and has no {RECORD_NAME} of this program, so it is not overwritten; "
+            "give a new or an empty folder"
+        )
+    if recipe is not None and found != recipe:
+        raise CheckpointError(
+            f"{str(path)!r} holds a model of recipe {found}, this run is {recipe}; a model is replaced by one of its own "
+            "recipe only: give another folder, or remove that one"
+        )
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder looks like a model's: it has a description that a library reads."""
+    return any((folder / name).is_file() for name in _DESCRIPTIONS)
+
+
+def recipe_at(folder: Path) -> str | None:
+    """Recipe of the model in a folder; None where this program did not make it.
+
+    Raises:
+        CheckpointError: there is a record, but it cannot be read.
+    """
+    return read_record(folder).get("recipe") if (folder / RECORD_NAME).is_file() else None
+
+
+def stop_reason_at(folder: Path, recipe: str) -> str | None:
+    """How the run ended that left a model of this recipe in a folder; None where none has."""
+    if not (folder / RECORD_NAME).is_file():
+        return None
+    record = read_record(folder)
+    result = record.get("result")
+    return result.get("stop_reason") if record.get("recipe") == recipe and isinstance(result, dict) else None
+
+
+def start_model_of(folder: Path) -> dict[str, str]:
+    """Say which model a folder holds: its path, and the recipe of its record (without one, a hash of its weights).
+
+    Raises:
+        CheckpointError: there is a record that cannot be read, or neither a record nor weights.
+    """
+    recipe = recipe_at(folder)
+    if recipe is None:
+        files = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+        if not files:
+            raise CheckpointError(f"the model folder {str(folder)!r} holds no weights (*.safetensors); give a saved model")
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        recipe = f"weights-{digest.hexdigest()[:16]}"
+    return {"path": str(folder), "recipe": recipe}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -62,7 +160,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         CheckpointError: the folder has no readable record.
     """
     try:
-        return json.loads((folder / RECORD_NAME).read_text())
+        record = json.loads((folder / RECORD_NAME).read_text())
+        if not isinstance(record, dict):
+            raise ValueError("not a mapping")
+        return record
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"model folder {str(folder)!r} has no readable {RECORD_NAME}; a folder made by this program has one: train it "
@@ -70,14 +171,40 @@ def read_record(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def make_record(config: TrainConfig, *, data_sha256: str, split_sha256: str, result: dict[str, Any]) -> dict[str, Any]:
-    """Say how a model was made: settings, content hashes, versions and metrics; JSON-able."""
+def make_record(
+    config: TrainConfig,
+    *,
+    data_sha256: str,
+    split_sha256: str,
+    result: dict[str, Any],
+    start_model: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Say how a model was made: settings, content hashes, versions and metrics; JSON-able.
+
+    Args:
+        config: the settings.
+        data_sha256, split_sha256: content of the data and of the forget set.
+        result: the run's result, as a row.
+        start_model: path and recipe of the model that the run began with, as `start_model_of`; part of the recipe.
+    """
     return {
-        "recipe": recipe_of(config, data_sha256),
+        "recipe": recipe_of(config, data_sha256, start_model),
         "config": config.to_flat(),
+        "start_model": None if start_model is None else dict(start_model),
         "data_sha256": data_sha256,
         "split_sha256": split_sha256,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
         "machine": f"{platform.system()} {platform.machine()}",
         "result": result,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _is_free(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))

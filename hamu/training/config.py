@@ -46,6 +46,8 @@ ALIASES = {
 TRAINING_LR, UNLEARNING_LR = 1e-3, 1e-4
 _ROUNDING = 1e-9  # a ratio of exactly 1 must not fail by the rounding of ratio * lr
 
+# What ends a training run too, among the settings of the method.
+_LOSS_THRESHOLDS = ("stop_on_loss_thresholds", "retain_loss_stop_threshold", "forget_loss_stop_threshold")
 # What does not change a result: places, pace of recording, and flags without a meaning for the numbers.
 _NOT_RECIPE = frozenset((
     "output_dir", "final_model_output_dir", "artifact_root", "resume", "dry_run", "debug", "device",
@@ -104,8 +106,10 @@ class TrainConfig:
         """Eight hex digits that two configurations share if they compute the same numbers."""
         flat = {name: value for name, value in self.to_flat().items() if name not in _NOT_RECIPE}
         if not self.is_unlearning:
+            kept = _LOSS_THRESHOLDS if self.method.stop_on_loss_thresholds else ()
             for name in settings_of(MethodConfig):
-                flat.pop(name, None)
+                if name not in kept:
+                    flat.pop(name, None)
         flat.update(learning_rate=self.lr, shuffle_seed=self.shuffle_seed, freeze_batchnorm=self.freeze_batchnorm)
         if self.is_unlearning:
             flat.update(hamu_constraint=self.constraint, constraint_ratio=None)

@@ -93,6 +93,8 @@ def warnings_of(config: TrainConfig) -> list[str]:
         said.append("use_optimizer: AdamW changes HAMU's step, so its radius and constraint are not guaranteed")
     if config.is_hamu and config.method.use_lr_radius and config.method.hamu_radius is not None:
         said.append(f"hamu_radius {config.method.hamu_radius:g}: no effect with use_lr_radius; leave one of them out")
+    if not config.is_unlearning and config.data.add_forget_to_train and config.data.hard_probability:
+        said.append(f"hard_probability {config.data.hard_probability:g}: no effect, an original is trained with 0 for every rho")
     if not config.is_unlearning and config.method.use_optimizer:
         said.append("use_optimizer: no effect, training always uses AdamW")
     if config.optimizer_name == "sgd" and config.training.weight_decay:

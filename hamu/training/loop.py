@@ -144,7 +144,7 @@ class TrainingRun:
             self.train_s += time.perf_counter() - started
             if self._is_due("logging") or self._stop is not None or self.step == 1:
                 # A step that was withheld has its own number, one more than the last one that was applied.
-                withheld = {"step": self.step + 1} if self._stop is not None else {}
+                withheld: dict[str, Any] = {"step": self.step + 1} if self._stop is not None else {}
                 yield self._record("step", step_columns(report, self.method) | withheld)
             if self._is_due("eval") and self._stop is None:
                 metrics = self._evaluate()
@@ -280,7 +280,7 @@ class TrainingRun:
 
     def _note_hardness(self, report: StepReport) -> None:
         self._hardness = hardness_columns(report)
-        logger.info(
+        logger.debug(
             "hardness at the start: S %.4g, kappa %.4g, largest feasible constraint ratio %.4g, asked for %.4g",
             self._hardness["gradient_product"],
             self._hardness["kappa"],

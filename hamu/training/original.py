@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from hamu.data.sources import ImageData, load_image_data
+from hamu.errors import CheckpointError, ConfigError
+from hamu.models.record import json_text
 from hamu.tasks.vision import VisionTask, task_for
-from hamu.training.artifacts import RECORD_NAME, make_record, place_for, recipe_of, trained_model_path
+from hamu.training.artifacts import (
+    PUBLISHED,
+    RECORD_NAME,
+    canonical,
+    check_replaceable,
+    holds_model,
+    make_record,
+    place_for,
+    recipe_of,
+    start_model_of,
+    stop_reason_at,
+    trained_model_path,
+)
 from hamu.training.config import TrainConfig
+from hamu.training.inputs import find_start
 from hamu.training.loop import TrainingRun
+from hamu.training.outcome import RunResult
 from hamu.training.progress import watch
 
 logger = logging.getLogger(__name__)
@@ -33,8 +50,22 @@ def load_data(config: TrainConfig) -> ImageData:
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """The device asked for, otherwise a GPU if there is one."""
-    return torch.device(config.run.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device asked for, otherwise a GPU if there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for that is not there.
+    """
+    name = config.run.device
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(name or ("cuda" if n_gpus else "cpu"))
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise ConfigError(f"device {name!r} is not there: this machine shows {n_gpus} GPUs; give --device cpu, or leave it out")
+    return device
+
+
+def published_path(config: TrainConfig) -> Path:
+    """Published place of the model that a training configuration describes: "full" is the original, "retain" the retrained."""
+    return trained_model_path(config, variant="full" if config.data.add_forget_to_train else "retain")
 
 
 def provide_model(config: TrainConfig, data: ImageData, *, progress: bool = False) -> Path:
@@ -49,47 +80,120 @@ def provide_model(config: TrainConfig, data: ImageData, *, progress: bool = Fals
 
     Returns:
         checkpoints/<task>/seed_<seed>/forget_<class>_<rho>/{full,retain}, with the recipe as suffix where another recipe's model
-        lies there already.
+        lies there already. A model there without a record, such as a published checkpoint, is taken as it is.
+
+    Raises:
+        CheckpointError: the training ended in a way that no run should start from, such as a gradient that is not finite.
     """
     assert not config.is_unlearning, "only training configurations describe a model to start from"
-    variant = "full" if config.data.add_forget_to_train else "retain"
-    recipe = recipe_of(config, data.sha256)
-    published = trained_model_path(config, variant=variant)
-    with _locked(published):
+    config = canonical(config)
+    folder = find_start(config)
+    start = None if folder is None else start_model_of(folder)
+    recipe = recipe_of(config, data.sha256, start)
+    published = published_path(config)
+    with locked(published):
+        if adopts(published):
+            return published
         path = place_for(published, recipe)
-        if not path.exists():
-            task = task_for(config, data, device=choose_device(config))
-            _train(config, task, data, path, progress=progress)
+        if stop_reason_at(path, recipe) in PUBLISHED:
+            return path
+        task = task_for(config, data, device=choose_device(config))
+        model = task.new_model(config.run.seed)
+        run = TrainingRun(config, task, model)
+        for _ in watch(run, title=f"training {path.name}", enabled=progress):
+            pass
+        assert run.result is not None
+        check_fit_to_start_from(config, run.result, path)
+        split = task.forget_set.sha256
+        record = make_record(config, data_sha256=data.sha256, split_sha256=split, result=run.result.row(), start_model=start)
+        save_model(task, model, path, record)
+        logger.info("trained %s: test accuracy %.4f", path, run.result.after["test_accuracy"])
     return path
 
 
-def _train(config: TrainConfig, task: VisionTask, data: ImageData, path: Path, *, progress: bool) -> None:
-    model = task.new_model(config.run.seed)
-    run = TrainingRun(config, task, model)
-    for _ in watch(run, title=f"training {path.name}", enabled=progress):
-        pass
-    assert run.result is not None
-    record = make_record(config, data_sha256=data.sha256, split_sha256=task.forget_set.sha256, result=run.result.row())
-    save_model(task, model, path, record)
-    logger.info("trained %s: test accuracy %.4f", path, run.result.after["test_accuracy"])
+def adopts(path: Path) -> bool:
+    """Whether a published place holds a model that this program did not make; it is taken as it is, and that is said."""
+    if (path / RECORD_NAME).exists() or not holds_model(path):
+        return False
+    logger.warning("%s has no %s: taken as the published checkpoint that it looks like, with settings unknown", path, RECORD_NAME)
+    return True
 
 
-def save_model(task: VisionTask, model: nn.Module, path: Path, record: dict[str, object]) -> None:
-    """Write a model folder that is complete when it is there; one at the same place is replaced."""
+def check_fit_to_start_from(config: TrainConfig, result: RunResult, path: Path) -> None:
+    """Refuse a training result that nothing should start from, and warn of one that missed its target.
+
+    Raises:
+        CheckpointError: the training was cancelled or diverged.
+    """
+    if result.stop_reason not in PUBLISHED:
+        raise CheckpointError(
+            f"training {str(path)!r} ended at step {result.steps} ({result.stop_reason}), so there is no model to start from; "
+            f"train it with a learning_rate below {config.lr:g}, or with other settings"
+        )
+    warn_of_missed_target(config, result)
+
+
+def warn_of_missed_target(config: TrainConfig, result: RunResult) -> None:
+    """Say in one line that a run ended below the `target_test_accuracy` it was to reach."""
+    target, reached = config.training.target_test_accuracy, result.after.get("test_accuracy", 0.0)
+    if target is not None and not reached >= target:
+        logger.warning(
+            "target_test_accuracy %g was not reached: test accuracy %.4f after %d steps; give more num_train_epochs",
+            target,
+            reached,
+            result.steps,
+        )
+
+
+def publish_model(config: TrainConfig, task: VisionTask, model: nn.Module, record: Mapping[str, Any]) -> Path:
+    """Save a trained model at its published place, under the same lock as `provide_model`; returns the place.
+
+    The place is chosen when it is written, so that a model that came there meanwhile is not overwritten.
+    """
+    published = published_path(config)
+    with locked(published):
+        path = place_for(published, str(record["recipe"]))
+        save_model(task, model, path, record)
+    return path
+
+
+def save_model(task: VisionTask, model: nn.Module, path: Path, record: Mapping[str, Any]) -> None:
+    """Write a model folder that is complete when it is there; a folder of the same recipe is replaced, nothing else.
+
+    Raises:
+        CheckpointError: something else lies there.
+    """
+    check_replaceable(path, str(record["recipe"]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    task.save_model(model, temporary, record)
-    if not (temporary / RECORD_NAME).exists():
-        (temporary / RECORD_NAME).write_text(json.dumps(record, indent=1))
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(temporary, path)
+    # A folder of its own name in the same file system: the renames below move nothing, and nobody else writes in there.
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new, old = scratch / "new", scratch / "old"
+    try:
+        task.save_model(model, new, record)
+        if not (new / RECORD_NAME).exists():
+            (new / RECORD_NAME).write_text(json_text(record, indent=1) + "\n")
+        if path.exists():
+            check_replaceable(path, str(record["recipe"]))
+            os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+    finally:
+        if not old.exists() or path.exists():
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a published place, which every writer of models there takes; released when the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that makes a model at %s", path)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
+from hamu.errors import ConfigError
 from hamu.training.fields import check_choice, check_range, setting
 
 MODALITIES = ("vision", "llm")
 PAIRINGS = ("sequential", "split-gpu")
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+
+
+def _expand(settings: Any, *names: str) -> None:
+    """Replace a leading ~ in the named settings, here alone, so that all who read them mean one folder."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value.startswith("~"):
+            object.__setattr__(settings, name, str(Path(value).expanduser()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +55,11 @@ class RunConfig:
         check_range("num_workers", self.num_workers, low=1)
         check_range("seed", self.seed, low=0, high=2**32 - 1)
         check_range("shuffle_seed", self.shuffle_seed, low=0, high=2**32 - 1)
+        if self.device is not None and not _DEVICE.fullmatch(self.device):
+            raise ConfigError(
+                f"device must be cpu, cuda or cuda:<n>, got {self.device!r}; leave it out for a GPU if there is one"
+            )
+        _expand(self, "model_name", "output_dir", "final_model_output_dir", "artifact_root")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +108,7 @@ class DataConfig:
         check_range("forget_class", self.forget_class, low=0)
         check_range("dataset_repeat", self.dataset_repeat, low=1)
         check_range("k_pct", self.k_pct, above=0, high=1)
+        _expand(self, "dataset_name", "forget_dataset_name", "test_dataset_name", "dataset_cache_dir")
 
     @property
     def rho(self) -> float:

@@ -1,17 +1,22 @@
 """The command line: every kind of line parses, published ones included; bad input is one line and exit code 2."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 from hamu.cli.environment import SETTINGS_BY_NAME, TEXT_NAMES
 from hamu.cli.published import IGNORED
-from hamu.cli.train import Cancelled, SignalStop, describe, main, parse
+from hamu.cli.train import Cancelled, SignalStop, describe, hardness_line, main, parse
 from hamu.methods.names import METHOD_NAMES
 from hamu.training.config import KNOWN
+from hamu.training.inputs import find_start
+from hamu.training.loop import TrainingRun
+from hamu.training.session import Session
 
 # Every flag of DESIGN's command line, by its published name.
 _NAMES = """
@@ -169,6 +174,8 @@ BAD_LINES = {
     "missing absolute checkpoint": ("--unlearning_method ft --model_name /no/model", "is not a folder"),
     "no class": ("--forget_class 10", "forget_class 10 does not exist in digits; its classes are 0 to 9"),
     "missing dataset": ("--dataset_name ./no/such/data", "is not a folder"),
+    "no such device": ("--device foo", "device must be cpu, cuda or cuda:<n>"),
+    "no original": ("--unlearning_method ft --artifact_root no/such/root", "no original model at 'no/such/root/checkpoints"),
     "no threshold": ("--unlearning_method ft --stop_on_loss_thresholds", "needs a threshold"),
     "text": ("--modality llm", "use --modality vision"),
 }
@@ -230,12 +237,72 @@ def test_bad_input_ends_within_five_seconds_without_a_traceback():
     assert time.monotonic() - started < 5  # the issue's bound; about 1 s here
 
 
-def test_bad_input_is_found_before_torch_is_imported():
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--unlearning_method hamuq",
+        "--unlearning_method ft --artifact_root no/such/root",
+        "--device foo",
+        "--final_model_output_dir .",
+    ],
+)
+def test_bad_input_is_found_before_torch_is_imported(line):
     code = (
-        "import sys; from hamu.cli.train import main; assert main(['--unlearning_method', 'hamuq']) == 2; "
+        f"import sys; from hamu.cli.train import main; assert main({line.split()}) == 2; "
         "assert 'torch' not in sys.modules and 'ray' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_folder_with_a_built_in_name_shadows_nothing(tmp_path, monkeypatch):
+    for name in ("resnet20", "torchvision/resnet18"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("resnet20", "torchvision/resnet18"):
+        assert find_start(read(f"--model_name {name}").config) is None
+
+
+@pytest.fixture(scope="module")
+def digits_root(tmp_path_factory):
+    """An artifact root with an original of the digits: one step of training."""
+    root = tmp_path_factory.mktemp("root")
+    line = f"--artifact_root {root} --add_forget_to_train --batch_size 64 --epochs 0.04 --device cpu --save_strategy no"
+    assert main(line.split()) == 0
+    return root
+
+
+def test_a_run_prints_start_hardness_and_json_and_resumed_does_nothing(digits_root, capsys):
+    # BatchNorm not frozen: the hardness is measured, and leaves the statistics as they were.
+    line = (
+        f"--artifact_root {digits_root} --unlearning_method hamu-q --constraint_ratio 0.9 --batch_size 64 --epochs 0.04 "
+        "--freeze_batchnorm False --device cpu --resume"
+    ).split()
+    assert main(line) == 0
+    out, err = capsys.readouterr()
+    full = digits_root / "checkpoints/digits/seed_42/forget_0_0.0/full"
+    assert f"starts from                  {full}\n" in out
+    assert out.count("hardness: S = ") == 1
+    assert "hardness" not in err
+    assert "no checkpoint at" in err
+    row = json.loads(out.splitlines()[-1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert row["stop_reason"] in ("finished", "infeasible")
+    assert main(line) == 0
+    out, err = capsys.readouterr()
+    assert "has ended already" in err
+    assert json.loads(out.splitlines()[-1]) == row
+
+
+def test_measuring_hardness_leaves_the_model_as_it_is(digits_root):
+    settings = f"--artifact_root {digits_root} --unlearning_method hamu-q --batch_size 64 --freeze_batchnorm False --device cpu"
+    config = read(settings).config
+    session = Session(config)
+    run = TrainingRun(config, session.task, session.load_start())
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    assert hardness_line(config, run).startswith("hardness: S = ")
+    assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    said = {"gradient_product": 0.5, "max_constraint_ratio": 0.25, "kappa": 0.0}
+    assert "at step 0: S = 0.5, largest feasible constraint ratio 0.25" in hardness_line(config, run, said)
+    assert hardness_line(config, run, {}) == ""
 
 
 def test_help_lists_every_group_and_default(capsys):

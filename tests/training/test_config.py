@@ -182,6 +182,36 @@ def test_recipe_hash_is_of_what_changes_numbers():
     assert config().recipe_hash() == config(constraint_ratio=0.3).recipe_hash()  # training has no constraint
 
 
+def test_recipe_of_training_has_what_acts_in_training_and_no_more():
+    base = config()
+    stopping = {"stop_on_loss_thresholds": True, "forget_loss_stop_threshold": 1.0}
+    recipes = [
+        base,
+        config(**stopping),
+        config(**{**stopping, "forget_loss_stop_threshold": 2.0}),
+        config(**stopping, retain_loss_stop_threshold=1.0),
+        config(freeze_batchnorm=True),
+    ]
+    assert len({made.recipe_hash() for made in recipes}) == len(recipes)
+    assert config(forget_loss_stop_threshold=1.0, scrub_alpha=0.5).recipe_hash() == base.recipe_hash()  # without an effect
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:x", "cpu:0", "cuda:-1", ""])
+def test_a_device_that_is_none_is_refused(device):
+    assert "device must be cpu, cuda or cuda:<n>" in refused(device=device)
+    assert config(device="cuda:1").run.device == "cuda:1"
+
+
+def test_home_is_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    names = (
+        "model_name", "dataset_name", "test_dataset_name", "dataset_cache_dir", "artifact_root", "output_dir",
+        "final_model_output_dir",
+    )  # fmt: skip
+    flat = config(**dict.fromkeys(names, "~/there")).to_flat()
+    assert {flat[name] for name in names} == {"/home/someone/there"}
+
+
 def test_steps_between_reads_fractions_of_an_epoch():
     assert [steps_between(value, 12) for value in (0.25, 0.5, 0.01, 1, 1.0, 7)] == [3, 6, 1, 1, 1, 7]
     for bad in (0, -1, 2.5, float("inf")):
@@ -206,6 +236,7 @@ def test_events_follow_strategy_and_steps():
         ({"eval_steps": 5}, "use eval_strategy steps"),
         ({"eval_on_start": True}, "always evaluated"),
         ({"use_wandb": True}, "arrives later"),
+        ({"add_forget_to_train": True, "rho": 0.5}, "an original is trained with 0 for every rho"),
         ({"retain_loss_stop_threshold": 1.0}, "stop_on_loss_thresholds"),
     ],
 )
