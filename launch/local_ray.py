@@ -16,14 +16,12 @@ _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean what they mean here
-    "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a process that was given no GPU sees none
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are ours
     "TUNE_WARN_THRESHOLD_S": "1000000",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # sweep.json and row.json are what a sweep resumes from
-    "TUNE_RESULT_DELIM": "/",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 _MAX_PATH = 107  # of a Unix socket

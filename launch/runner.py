@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -89,6 +90,14 @@ def run_sweep(
 ) -> dict[str, Any]:
     """Run the trials of a plan that have not finished, and write the results; call it while holding the folder's lease.
 
+    Args:
+        plan: what to run.
+        folder: its results folder, started.
+        slots, machine: how many trials at once, on what.
+        words: where progress is told.
+        signals: looked at several times a second.
+        dashboard: start Ray's.
+
     Returns:
         The summary, as in summary.json.
 
@@ -97,8 +106,8 @@ def run_sweep(
         Interrupted: a signal came; what has finished is kept.
     """
     todo = folder.unfinished(plan)
-    originals: dict[str, Any] = {}
     if todo:
+        plan = replace(plan, root=plan.root.resolve())  # workers have a working directory of their own
         signals.check()
         data = {key: load_image_data(_with_cache(config).data) for key, config in plan.datasets().items()}
         check_forget_sets(plan, data)

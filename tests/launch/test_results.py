@@ -1,0 +1,135 @@
+"""A sweep's folder belongs to one sweep and one process at a time, and knows what has still to run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hamu.errors import ConfigError, DataError
+from hamu.training.records import read_trials
+from launch.plan import Plan, make_plan
+from launch.results import SweepFolder, check_free, find_sweep, trial_lock, write_json
+from launch.shared import failed_row
+from tune_spaces.space import load_space
+
+HOLD = """
+import fcntl, sys, time
+with open(sys.argv[1], "a") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def plan_at(root: Path) -> Plan:
+    return make_plan(load_space("digits/quickstart"), name="mine", overrides={"unlearning_method": ("ft",)}, root=root)
+
+
+def started(root: Path) -> tuple[Plan, SweepFolder]:
+    plan, folder = plan_at(root), SweepFolder(root / "results" / "digits" / "mine")
+    with folder.lease():
+        folder.start(plan)
+    return plan, folder
+
+
+def end_trial(plan: Plan, folder: SweepFolder, index: int, status: str) -> None:
+    trial = plan.trials[index]
+    folder.trial(trial.trial_id).mkdir(parents=True)
+    write_json(folder.trial(trial.trial_id) / "row.json", {**failed_row(plan, trial, "x"), "status": status, "slot": 1})
+
+
+def test_a_trial_is_finished_iff_its_row_says_so(tmp_path: Path) -> None:
+    plan, folder = started(tmp_path)
+    ids = [trial.trial_id for trial in plan.trials]
+    assert folder.unfinished(plan) == ids
+    end_trial(plan, folder, 0, "finished")
+    end_trial(plan, folder, 1, "failed")
+    folder.trial(ids[2]).mkdir()  # begun
+    assert folder.unfinished(plan) == ids[1:]
+
+
+def test_trials_parquet_holds_the_rows_of_the_trials_that_ended(tmp_path: Path) -> None:
+    plan, folder = started(tmp_path)
+    end_trial(plan, folder, 0, "finished")
+    folder.write_trials()
+    rows = read_trials(folder.trials_parquet)
+    assert [(row["trial_id"], row["method"], row["status"]) for row in rows] == [(plan.trials[0].trial_id, "ft", "finished")]
+
+
+def test_the_plan_comes_back_from_its_folder(tmp_path: Path) -> None:
+    plan, folder = started(tmp_path)
+    assert folder.read_plan(tmp_path) == plan
+    assert find_sweep(tmp_path, "mine").path == folder.path
+    assert find_sweep(tmp_path, "digits/mine").path == folder.path
+
+
+def test_a_folder_is_free_only_if_nothing_is_in_it(tmp_path: Path) -> None:
+    _, folder = started(tmp_path)
+    check_free(SweepFolder(tmp_path / "new"), space="digits/quickstart", root=tmp_path)
+    with pytest.raises(ConfigError, match="0 of 3 trials finished.*--resume mine"):
+        check_free(folder, space="digits/quickstart", root=tmp_path)
+    with pytest.raises(ConfigError, match="belongs to a sweep of space 'digits/quickstart', not 'cifar/rho_sweep'"):
+        check_free(folder, space="cifar/rho_sweep", root=tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="no sweep's folder; choose another --name than 'other'"):
+        check_free(SweepFolder(other), space="digits/quickstart", root=tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 99}'])
+def test_a_plan_that_is_none_of_ours_is_refused(tmp_path: Path, content: str) -> None:
+    _, folder = started(tmp_path)
+    folder.plan_path.write_text(content)
+    with pytest.raises(DataError, match="is not a plan of this program"):
+        folder.read_plan(tmp_path)
+
+
+def test_a_sweep_that_is_not_there_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds none"):
+        find_sweep(tmp_path, "mine")
+    started(tmp_path)
+    with pytest.raises(ConfigError, match="unknown sweep 'mien'; did you mean 'mine'"):
+        find_sweep(tmp_path, "mien")
+
+
+def test_a_lease_is_held_by_one_process_and_lost_by_a_dead_one(tmp_path: Path) -> None:
+    _, folder = started(tmp_path)
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path / ".lease")], stdout=subprocess.PIPE)
+    try:
+        assert owner.stdout is not None
+        owner.stdout.readline()
+        with pytest.raises(ConfigError, match="is in use by process"), folder.lease():
+            pass
+    finally:
+        owner.kill()
+        owner.wait()
+    with folder.lease():
+        assert json.loads((folder.path / ".lease").read_text())["pid"]
+
+
+def test_a_trial_waits_for_the_process_that_still_writes_it(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DataError, match="still written by another process"),
+        trial_lock(tmp_path / "t"),
+        trial_lock(tmp_path / "t", patience_s=0.1),
+    ):
+        pass
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "t" / ".lock")], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    owner.stdout.readline()
+    owner.kill()
+    began = time.monotonic()
+    with trial_lock(tmp_path / "t", patience_s=30.0):
+        assert time.monotonic() - began < 10
+    owner.wait()
+
+
+def test_json_has_null_for_numbers_that_it_lacks(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"nan": float("nan"), "inf": [float("inf"), 1.5], "path": tmp_path, "none": None})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"nan": None, "inf": [None, 1.5], "path": str(tmp_path), "none": None}

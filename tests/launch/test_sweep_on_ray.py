@@ -1,0 +1,208 @@
+"""The real thing: `python launch/sweep.py` on real digits with real Ray, killed, resumed and stopped by signals.
+
+Each sweep starts a Ray of its own in a process of its own, as a user's would; all share one trained original.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from hamu.training.records import read_records, read_trials
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(420)]
+
+SHORT = ("--set", "epochs=0.5", "--set", "lr=0.02", "--set", "original.num_train_epochs=1")
+SETTINGS = (
+    "trial_id", "method", "seed", "rho", "learning_rate", "constraint_ratio", "steps", "stop_reason", "train_s",
+    *(f"{split}_{metric}" for split in ("retain", "forget", "test") for metric in ("loss", "accuracy")),
+    "forget_quality", "retain_utility",
+)  # fmt: skip
+
+
+class Launched:
+    """`python launch/sweep.py`, with the artifact root given as a relative path."""
+
+    def __init__(self, repo_root: Path, root: Path) -> None:
+        self.root = root
+        self.command = [sys.executable, str(repo_root / "launch" / "sweep.py"), "--storage-path", "art"]
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        command = [*self.command, *flags]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, cwd=self.root, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, **pipes)
+        self.processes.append(process)
+        return process
+
+    def run(self, *flags: str, code: int = 0) -> str:
+        process = self.start(*flags)
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == code, out
+        return out
+
+    def folder(self, name: str) -> Path:
+        return self.root / "art" / "results" / "digits" / name
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ended(folder: Path) -> list[Path]:
+    return sorted(folder.glob("trials/*/row.json"))
+
+
+def ray_children(pid: int) -> list[int]:
+    """Processes below `pid`, their children included."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    found, new = set(), {pid}
+    while new:
+        new = {child for child, parent in pairs if parent in new} - found
+        found |= new
+    return sorted(found)
+
+
+def trial_processes(pid: int) -> list[int]:
+    """The slots among the processes below `pid`."""
+    return [child for child in ray_children(pid) if "ray::" in (name := command_of(child)) and ".train" in name]
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return " Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:2]
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def sweeps(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
+    launched = Launched(repo_root, tmp_path_factory.mktemp("artifacts"))
+    yield launched
+    for process in launched.processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def test_a_sweep_leaves_all_its_results_and_says_where(sweeps: Launched) -> None:
+    given = ("--set", "method=hamu-q,ft", "--set", "constraint_ratio=0.1,0.99")
+    out = sweeps.run("--name", "whole", *SHORT, *given)
+    folder = sweeps.folder("whole")
+    assert out.splitlines()[-1] == "report: art/results/digits/whole/report.html"
+    assert "Pareto front" in out
+
+    rows = read_trials(folder / "trials.parquet")
+    assert [row["method"] for row in rows] == ["hamu-q", "hamu-q", "ft"]
+    assert {row["status"] for row in rows} == {"finished"}
+    assert rows[1]["stop_reason"] in ("stopping_criterion", "infeasible")
+    assert set(SETTINGS) <= set(pq.read_schema(folder / "trials.parquet").names)
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["name"], summary["space"], summary["task"]) == ("whole", "digits/quickstart", "digits")
+    assert summary["trials"] == {"total": 3, "finished": 3, "failed": 0, "early_stopped": 1, "pruned": 0}
+    assert summary["train_s"] == pytest.approx(sum(row["train_s"] for row in rows))
+    assert summary["wall_s"] == pytest.approx(max(row["ended_at"] for row in rows) - min(row["started_at"] for row in rows))
+    assert summary["gradient_product"] > 0
+    assert {entry["trial_id"] for entry in summary["pareto"]} <= {row["trial_id"] for row in rows}
+    assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert "<html" in (folder / "report.html").read_text()
+
+    assert all(path.suffix == ".parquet" and not path.name.startswith(".") for path in (folder / "records").iterdir())
+    records = read_records(folder / "records")
+    assert set(records["trial_id"].to_pylist()) == {row["trial_id"] for row in rows}
+    assert {Path(row["model_path"]) for row in rows} == {path.parent for path in folder.glob("trials/*/model/record.json")}
+    assert not list(folder.rglob("*.pkl"))
+    assert not list(folder.glob("trials/*/checkpoint.pt"))
+
+
+def test_a_killed_sweep_resumes_without_running_or_losing_a_finished_trial(sweeps: Launched) -> None:
+    given = ("--set", "method=ft", "--set", "lr=0.005,0.01,0.015,0.02,0.03", "--set", "epochs=2", "--set", "save_strategy=steps")
+    killed = sweeps.start("--name", "killed", *SHORT[-2:], *given, "--set", "save_steps=2")
+    folder = sweeps.folder("killed")
+    wait_for(lambda: len(ended(folder)) >= 2 and bool(list(folder.glob("trials/*/checkpoint.pt"))), killed)
+    slots = trial_processes(killed.pid)
+    assert slots
+    killed.kill()
+    killed.wait()
+    finished = {path: path.stat().st_mtime_ns for path in ended(folder)}
+    plan = json.loads((folder / "sweep.json").read_text())
+    broken = folder / "trials" / plan["trials"][-1]["trial_id"]  # one that had not begun: its file cannot be read
+    broken.mkdir()
+    (broken / "checkpoint.pt").write_bytes(b"cut short")
+
+    out = sweeps.run("--resume", "killed", code=1)  # at once: old workers may still live, and must not write on
+    assert "1 failed" in out
+    assert "CheckpointError" in out
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert len(ended(folder)) == 5
+    assert not any(map(is_alive, slots))
+    rows = read_trials(folder / "trials.parquet")
+    assert [row["trial_id"] for row in rows] == [trial["trial_id"] for trial in plan["trials"]]
+    assert [(row["status"], row["steps"]) for row in rows] == [("finished", 22)] * 4 + [("failed", 0)]
+    steps = [(row["trial_id"], row["step"]) for row in read_records(folder / "records").to_pylist() if row["kind"] == "step"]
+    assert len(steps) == len(set(steps)) == 4 * 22
+    again = subprocess.run([*sweeps.command, "--resume", "killed", "--dry-run"], cwd=sweeps.root, capture_output=True, text=True)
+    assert "finished   4 of 5; the others would run" in again.stdout
+
+
+def test_a_worker_that_is_killed_takes_up_its_trial_again(sweeps: Launched) -> None:
+    given = ("--set", "method=ft", "--set", "lr=0.005,0.01", "--set", "epochs=3", "--set", "save_strategy=steps")
+    process = sweeps.start("--name", "worker", *SHORT[-2:], *given, "--set", "save_steps=2")
+    folder = sweeps.folder("worker")
+    wait_for(lambda: bool(list(folder.glob("trials/*/checkpoint.pt"))), process)
+    os.kill(trial_processes(process.pid)[0], signal.SIGKILL)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    assert "goes on from its checkpoint" in out
+    rows = read_trials(folder / "trials.parquet")
+    assert {(row["status"], row["steps"]) for row in rows} == {("finished", 33)}
+
+
+def test_a_signal_ends_the_sweep_with_its_code_and_says_how_to_go_on(sweeps: Launched) -> None:
+    name, number = "stopped", signal.SIGTERM  # which Ray would have liked to keep for itself
+    process = sweeps.start("--name", name, *SHORT, "--set", "method=ft", "--set", "lr=0.01,0.02", "--set", "epochs=20")
+    wait_for(lambda: bool(list(sweeps.folder(name).glob("trials/*/.lock"))), process)
+    below = ray_children(process.pid)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, out
+    assert f"stopped by {number.name}: 0 of 2 trials finished and kept" in out
+    assert re.search(rf"python launch/sweep.py --resume {name} --storage-path art", out)
+    assert read_trials(sweeps.folder(name) / "trials.parquet") == []
+    deadline = time.monotonic() + 20
+    while any(map(is_alive, below)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(map(is_alive, below))
+
+
+def test_two_processes_cannot_run_one_sweep(sweeps: Launched) -> None:
+    first = sweeps.start("--name", "twice", *SHORT, "--set", "method=ft", "--set", "epochs=20")
+    wait_for((sweeps.folder("twice") / "sweep.json").exists, first)
+    out = sweeps.run("--resume", "twice", code=2)
+    assert f"is in use by process {first.pid} on " in out
+    first.kill()
+    first.wait()
