@@ -99,7 +99,7 @@ def provide(config: TrainConfig, data: ImageData, *, n_threads: int, first: Trai
     name = config.run.model_name
     path = Path(name).expanduser() if is_local_path(name) else provide_model(config, data)
     measured = config if first is None else first
-    task = task_for(measured, data, device=choose_device(measured))
+    task = task_for(measured, data, device=choose_device(measured), start=path)
     model = task.load_model(path)
     arrays = {key: value.cpu().numpy().copy() for key, value in model.state_dict().items()}
     try:

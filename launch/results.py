@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from hamu.errors import ConfigError, DataError, unknown
+from hamu.models.record import json_text
 from hamu.training.records import TRIAL_SCHEMA, replacing, write_trials
 from launch.plan import Plan
 
@@ -180,20 +180,7 @@ def check_free(folder: SweepFolder, *, space: str, root: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON at once; numbers that JSON lacks (nan, infinity) become null."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_plain(value), indent=1) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (bool, int, str)) or value is None:
-        return value
-    if isinstance(value, float) or hasattr(value, "__float__"):
-        number = float(value)
-        return number if math.isfinite(number) else None
-    return str(value)
+        temporary.write_text(json_text(value, indent=1) + "\n")
 
 
 def _owner(file: IO[str]) -> str:

@@ -27,7 +27,7 @@ from hamu.data.sources import ImageData
 from hamu.errors import CheckpointError
 from hamu.methods.catalog import find_method
 from hamu.tasks.vision import VisionTask, task_for
-from hamu.training.artifacts import make_record
+from hamu.training.artifacts import make_record, start_model_of
 from hamu.training.config import TrainConfig
 from hamu.training.loop import TrainingRun
 from hamu.training.original import save_model
@@ -132,6 +132,16 @@ class Slot:
             checkpoint_path=folder / "checkpoint.pt",
         )
 
+    @property
+    def _start_folder(self) -> Path:
+        original: Original = self._fetch(self._shared.originals[self._trial.original])
+        path = Path(original.path)
+        if not path.is_dir():
+            raise CheckpointError(
+                f"no model folder {original.path!r}; trials need the original: resume the sweep to train it anew"
+            )
+        return path
+
     def _load(self, models: dict[str, nn.Module]) -> nn.Module:
         key = self._trial.original
         original: Original = self._fetch(self._shared.originals[key])
@@ -150,12 +160,12 @@ class Slot:
         drawn = config.data
         key = (
             data_key(config), config.run.model_name, config.run.img_size, drawn.forget_class, drawn.hard_probability,
-            config.run.seed, drawn.split_ratio, drawn.k_pct,
+            config.run.seed, drawn.split_ratio, drawn.k_pct, self._trial.original,
         )  # fmt: skip
         if key not in self._tasks:
             while len(self._tasks) >= _MAX_TASKS:
                 self._tasks.pop(next(iter(self._tasks)))
-            self._tasks[key] = task_for(config, data, device=self._shared.device)
+            self._tasks[key] = task_for(config, data, device=self._shared.device, start=self._start_folder)
         return self._tasks[key], data
 
     def _identity(self) -> dict[str, Any]:
@@ -167,10 +177,15 @@ class Slot:
         result = run.result.row()
         folder = self._folder.trial(self._trial.trial_id)
         record = make_record(
-            self._config, data_sha256=self._data.sha256, split_sha256=self._task.forget_set.sha256, result=result
+            self._config,
+            data_sha256=self._data.sha256,
+            split_sha256=self._task.forget_set.sha256,
+            result=result,
+            start_model=start_model_of(self._start_folder),
         )
         save_model(self._task, run.model, folder / "model", record)
         row = {**self._identity(), "status": "finished", "error": None, **result, "model_path": str(folder / "model")}
+        row["n_classes"] = self._task.n_classes
         self._write_row(row)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
 

@@ -64,14 +64,21 @@ def keeps_retain_accuracy(row: Row) -> bool:
 
 
 def recommended(rows: Iterable[Row]) -> dict[str, Any] | None:
-    """The setting to use: on the front, the most forgetting among those that keep the retain accuracy.
+    """The setting to use: the most forgetting among those that keep the retain accuracy, and of equals the most useful.
 
-    Kept means: at most MAX_RETAIN_ACCURACY_LOSS under the original's. Trials without a step are the original and are
+    Kept means: at most MAX_RETAIN_ACCURACY_LOSS under the original's. Forget quality counts up to 2 ln(classes): a loss beyond
+    that of a guess says no more about forgetting. Trials without a step are the original and are
     never recommended, nor are those that forgot nothing. None when no trial qualifies.  Source: ours.
     """
     front = [row for row in pareto_front(rows) if row.get("steps") != 0 and row["forget_quality"] > 0]
     kept = [row for row in front if keeps_retain_accuracy(row)]
-    return kept[-1] if kept else None
+    return max(kept, key=lambda row: (min(row["forget_quality"], _enough(row)), row["retain_utility"]), default=None)
+
+
+def _enough(row: Row) -> float:
+    """Forget quality from which on more is not better, nats; unbounded where the number of classes is not known."""
+    n_classes = row.get("n_classes")
+    return 2 * math.log(n_classes) if is_finite(n_classes) and n_classes > 1 else math.inf
 
 
 def best_settings(rows: Sequence[Row]) -> list[dict[str, Any]]:

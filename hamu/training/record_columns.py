@@ -44,6 +44,7 @@ TRIAL_SCHEMA = pa.schema([
     ("message", pa.string()), ("steps", pa.int64()),
     *_floats(("epochs", "started_at", "ended_at", "setup_s", "train_s")), *_floats(METRIC_COLUMNS),
     *_floats(f"original_{split}_{metric}" for split in SPLITS for metric in ("loss", "accuracy")),
-    *_floats(HARDNESS_COLUMNS), ("peak_rss_bytes", pa.int64()), ("model_path", pa.string()), ("config", pa.string()),
+    *_floats(HARDNESS_COLUMNS),
+    ("n_classes", pa.int64()), ("peak_rss_bytes", pa.int64()), ("model_path", pa.string()), ("config", pa.string()),
 ])  # fmt: skip
 """Columns of trials.parquet; `status` is "finished", "failed" or "pruned", `started_at` and `ended_at` unix seconds."""

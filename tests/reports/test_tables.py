@@ -70,6 +70,11 @@ def test_recommended_forgets_most_within_a_point_of_retain_accuracy():
     assert recommended(rows)["trial_id"] == "b"  # a loss of exactly one point is still kept
 
 
+def test_forgetting_beyond_twice_the_loss_of_a_guess_is_not_preferred():
+    rows = [trial("a", 4.7, 0.3, n_classes=10), trial("b", 30.0, -0.009, n_classes=10), trial("c", 3.0, 0.4, n_classes=10)]
+    assert recommended(rows)["trial_id"] == "a"  # 2 ln 10 = 4.6 nats: b forgets no more, and keeps less
+
+
 @pytest.mark.parametrize(
     "row", [trial("a", 0.0, 0.0, steps=0), trial("a", -0.1, 0.1), trial("a", 3.0, 0.0, retain_accuracy=None)]
 )
