@@ -75,7 +75,10 @@ class Grams:
 
     def scaled(self, retain: float, forget: float) -> Grams:
         """Grams after g_r and g_f are multiplied by the given factors: this is what clipping does to them."""
-        return Grams(self.retain * retain**2, self.forget * forget**2, self.cross * (retain * forget))
+        scaled = Grams(self.retain * retain**2, self.forget * forget**2, self.cross * (retain * forget))
+        if retain > 0 and forget > 0:
+            scaled.__dict__["sin2"] = self.sin2  # an angle does not depend on lengths: computed once a step
+        return scaled
 
 
 def clip_factors(grams: Grams, max_grad_norm: float | None) -> tuple[float, float]:
@@ -107,6 +110,7 @@ class BlockLayout:
         self._places = [
             (tensor.size(), _dense_strides(tensor), int(start) * ROW) for tensor, start in zip(tensors, starts[:-1], strict=True)
         ]
+        self._rows_of_block = np.array(rows)
         self._block_of_row = torch.repeat_interleave(torch.arange(self.n_blocks), torch.tensor(rows)).to(self.device)
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
@@ -149,7 +153,7 @@ class BlockLayout:
 
     def combine_(self, pair: Tensor, weights: np.ndarray) -> Tensor:
         """Overwrite row 0 of the buffers with w_r g_r + w_f g_f and return it; weights has shape (n_blocks, 2)."""
-        of_row = torch.from_numpy(weights).to(self.device, pair.dtype)[self._block_of_row]
+        of_row = torch.from_numpy(np.repeat(weights, self._rows_of_block, axis=0)).to(self.device, pair.dtype)
         retain, forget = pair.view(2, -1, ROW)
         retain.mul_(of_row[:, :1]).addcmul_(forget, of_row[:, 1:])
         return pair[0]

@@ -130,7 +130,7 @@ class PairedEngine:
             grams, losses = self._read(precise=True)
         unscale = 1 / self._loss_scale
         of_step = grams
-        grams = grams.scaled(unscale, unscale)
+        grams = grams if unscale == 1 else grams.scaled(unscale, unscale)
         retain_clip, forget_clip = clip_factors(grams, max_grad_norm)
         clip = retain_clip * unscale, forget_clip * unscale
         if self._settings.gru_beta > 0 and self.method.averages_retain and grams.is_finite:

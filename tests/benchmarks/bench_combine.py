@@ -58,9 +58,14 @@ def combine_per_tensor(
     return branches
 
 
-def measure(repeats: int = 40) -> dict[str, float]:
-    """Medians in ms of one run in which the variants take turns, one thread."""
-    torch.set_num_threads(1)
+def measure() -> dict[str, dict[str, float]]:
+    """Figures at torch's own number of threads (one a core), which is what a single run uses, and at one thread."""
+    return {"default_threads": measure_at(torch.get_num_threads()), "one_thread": measure_at(1)}
+
+
+def measure_at(n_threads: int, repeats: int = 40) -> dict[str, float]:
+    """Medians in ms of one run in which the variants take turns."""
+    torch.set_num_threads(n_threads)
     task, model = cifar_task()
     engine = PairedEngine(task, model, METHODS["hamu-q"])
     optimizer = torch.optim.SGD(engine.params, lr=LR, foreach=True)
@@ -105,10 +110,11 @@ def measure(repeats: int = 40) -> dict[str, float]:
         "speedup": times["per_tensor"] / times["combine"],
         "two_passes_ms": passes["passes"],
         "share_of_two_passes": times["combine"] / passes["passes"],
+        "threads": float(n_threads),
         "n": float(repeats),
     }
 
 
 if __name__ == "__main__":
-    for name, value in measure().items():
-        print(f"{name:24s} {value:.5g}")
+    for name, row in measure().items():
+        print(f"{name:16s}", "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
