@@ -226,6 +226,7 @@ def test_killed_process_leaves_only_complete_files_and_resumes_without_a_double_
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "t.parquet"]
 
 
+@pytest.mark.slow  # a wall-clock bound has no place in the fast suite
 def test_log_takes_less_than_ten_microseconds(tmp_path):
     recorder, row = make_recorder(tmp_path), {name: 1.0 for name in RECORD_SCHEMA.names if name.endswith("_margin")}
     best = min(_seconds(lambda: [recorder.log(row) for _ in range(1000)]) for _ in range(5))
