@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hamu.training.record_columns import identity_of
 from launch.plan import Plan, PlannedTrial
 
 
@@ -40,18 +41,8 @@ class Shared:
 
 def identity(plan: Plan, trial: PlannedTrial) -> dict[str, Any]:
     """The columns that say which trial a row is of, but for the hash of its forget set."""
-    config = plan.configs[trial.trial_id]
-    return {
-        "trial_id": trial.trial_id,
-        "sweep": plan.name,
-        "task": plan.task,
-        "method": config.method_name,
-        "seed": config.run.seed,
-        "rho": config.data.hard_probability,
-        "forget_class": config.data.forget_class,
-        "learning_rate": config.lr,
-        "constraint_ratio": config.constraint_ratio,
-    }
+    own = {"trial_id": trial.trial_id, "sweep": plan.name, "task": plan.task}
+    return own | identity_of(plan.configs[trial.trial_id])
 
 
 def failed_row(plan: Plan, trial: PlannedTrial, error: str) -> dict[str, Any]:

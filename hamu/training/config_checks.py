@@ -40,6 +40,13 @@ def check_together(config: TrainConfig) -> None:
             "select_best_model_by_subset_accuracy chooses among models in training; leave it out when unlearning, "
             f"or use unlearning_method none, not {config.method_name!r}"
         )
+    if config.logging.eval_strategy == "no":
+        for name, is_set in (
+            ("target_test_accuracy", config.training.target_test_accuracy is not None),
+            ("stop_on_loss_thresholds", config.method.stop_on_loss_thresholds),
+        ):
+            if is_set:
+                raise ConfigError(f"{name} looks at evaluations, but eval_strategy is 'no'; use eval_strategy epoch or steps")
     if config.is_unlearning and config.data.add_forget_to_train:
         raise ConfigError(f"add_forget_to_train is for training an original; leave it out with method {config.method_name!r}")
 

@@ -6,8 +6,12 @@ An older file that lacks a column is read as null there, so columns may be added
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from hamu.training.config import TrainConfig
 
 SPLITS = ("retain", "forget", "test")
 IDENTITY_FIELDS = [
@@ -27,6 +31,18 @@ STEP_COLUMNS = (
     "infeasible_share", "zero_forget_grad_share",
 )  # fmt: skip
 HARDNESS_COLUMNS = ("gradient_product", "max_constraint_ratio", "kappa")
+
+
+def identity_of(config: TrainConfig) -> dict[str, Any]:
+    """The identity columns that follow from a configuration; whose run it is and its forget set are the caller's to add."""
+    return {
+        "method": config.method_name,
+        "seed": config.run.seed,
+        "rho": config.data.hard_probability,
+        "forget_class": config.data.forget_class,
+        "learning_rate": config.lr,
+        "constraint_ratio": config.constraint_ratio,
+    }
 
 
 def _floats(names: Iterable[str]) -> list[tuple[str, pa.DataType]]:

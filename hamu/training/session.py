@@ -43,6 +43,7 @@ from hamu.training.original import (
 )
 from hamu.training.outcome import RunResult
 from hamu.training.progress import watch
+from hamu.training.record_columns import identity_of
 from hamu.training.records import Recorder, replacing
 from hamu.training.stop import StopReason
 
@@ -193,16 +194,10 @@ class Session:
         }
 
     def _identity(self) -> dict[str, object]:
-        config = self.config
         return {
-            "trial_id": f"{config.method_name}-{self.recipe}",
-            "task": task_name(config),
-            "method": config.method_name,
-            "seed": config.run.seed,
-            "rho": config.data.hard_probability,
-            "forget_class": config.data.forget_class,
-            "learning_rate": config.lr,
-            "constraint_ratio": config.constraint_ratio,
+            "trial_id": f"{self.config.method_name}-{self.recipe}",
+            "task": task_name(self.config),
+            **identity_of(self.config),
             "split_sha256": self.task.forget_set.sha256,
         }
 

@@ -125,6 +125,7 @@ def test_radius_is_the_lr_radius_unless_fixed():
         ({"method": "ft", "add_forget_to_train": True}, "add_forget_to_train is for training"),
         ({"method": "ft", "select_best_model_by_subset_accuracy": True}, "select_best_model_by_subset_accuracy"),
         ({"save_strategy": "steps"}, "needs save_steps"),
+        ({"target_test_accuracy": 0.9, "eval_strategy": "no"}, "use eval_strategy epoch"),
         ({"eval_steps": 1.5}, "whole number of steps or a fraction"),
     ],
 )
