@@ -39,6 +39,7 @@ os.environ.update(
     WANDB_MODE="disabled",
     MPLBACKEND="Agg",
     TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # the models of the tests are too small to share out
     RAY_USAGE_STATS_ENABLED="0",
 )
 

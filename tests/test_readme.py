@@ -19,6 +19,7 @@ def run(code: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_with_ones_own_model_forgets_a_class_and_keeps_the_rest(tmp_path: Path) -> None:
     (example,) = [code for code in EXAMPLES if "hamu.unlearn" in code]
     after = {line.split()[0]: float(line.split()[-1]) for line in run(example, tmp_path).splitlines()}

@@ -97,6 +97,7 @@ def sweep(tmp_path: Path, data: ImageData, original: Original) -> Sweep:
     return Sweep(tmp_path, data, original)
 
 
+@pytest.mark.slow
 def test_trials_in_one_slot_give_the_numbers_of_single_runs(sweep: Sweep, data: ImageData, original: Original) -> None:
     slot = sweep.slot()
     for trial_id in sweep.ids:

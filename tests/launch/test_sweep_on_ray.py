@@ -140,7 +140,7 @@ def test_a_sweep_leaves_all_its_results_and_says_where(sweeps: Launched) -> None
 
 
 def test_a_killed_sweep_resumes_without_running_or_losing_a_finished_trial(sweeps: Launched) -> None:
-    given = ("--set", "method=ft", "--set", "lr=0.005,0.01,0.02,0.03", "--set", "epochs=2", "--set", "save_strategy=steps")
+    given = ("--set", "method=ft", "--set", "lr=0.005,0.01,0.015,0.02,0.03", "--set", "epochs=2", "--set", "save_strategy=steps")
     killed = sweeps.start("--name", "killed", *SHORT[-2:], *given, "--set", "save_steps=2")
     folder = sweeps.folder("killed")
     wait_for(lambda: len(ended(folder)) >= 2 and bool(list(folder.glob("trials/*/checkpoint.pt"))), killed)
@@ -158,15 +158,15 @@ def test_a_killed_sweep_resumes_without_running_or_losing_a_finished_trial(sweep
     assert "1 failed" in out
     assert "CheckpointError" in out
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    assert len(ended(folder)) == 4
+    assert len(ended(folder)) == 5
     assert not any(map(is_alive, slots))
     rows = read_trials(folder / "trials.parquet")
     assert [row["trial_id"] for row in rows] == [trial["trial_id"] for trial in plan["trials"]]
-    assert [(row["status"], row["steps"]) for row in rows] == [("finished", 22)] * 3 + [("failed", 0)]
+    assert [(row["status"], row["steps"]) for row in rows] == [("finished", 22)] * 4 + [("failed", 0)]
     steps = [(row["trial_id"], row["step"]) for row in read_records(folder / "records").to_pylist() if row["kind"] == "step"]
-    assert len(steps) == len(set(steps)) == 3 * 22
+    assert len(steps) == len(set(steps)) == 4 * 22
     again = subprocess.run([*sweeps.command, "--resume", "killed", "--dry-run"], cwd=sweeps.root, capture_output=True, text=True)
-    assert "finished   3 of 4; the others would run" in again.stdout
+    assert "finished   4 of 5; the others would run" in again.stdout
 
 
 def test_a_worker_that_is_killed_takes_up_its_trial_again(sweeps: Launched) -> None:

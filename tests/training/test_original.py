@@ -55,6 +55,7 @@ def _provide_in_process(flat: dict[str, Any], barrier: Any, answers: Any) -> Non
     answers.put((str(path), (path / "model.safetensors").stat().st_ino))
 
 
+@pytest.mark.slow
 def test_two_processes_that_ask_for_one_model_train_it_once(tmp_path: Path) -> None:
     flat = {"artifact_root": str(tmp_path), "add_forget_to_train": True, "epochs": 0.1, "batch_size": 64, "device": "cpu"}
     context = multiprocessing.get_context("spawn")
