@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
-from hamu.errors import HamuError
+from hamu.data.hashing import sha256_arrays
+from hamu.errors import CheckpointError, HamuError
 from launch.machine import Machine, Slots
 from launch.plan import Plan, data_key
+from launch.results import write_json
 from launch.shared import Original
 from launch.signals import Signals
 from launch.words import Words
@@ -34,8 +37,15 @@ def provide_originals(
     machine: Machine,
     words: Words,
     signals: Signals,
+    pins: Path,
 ) -> dict[str, Any]:
-    """Train the originals that are missing, side by side, and return references to them."""
+    """Train the originals that are missing, side by side, and return references to them.
+
+    `pins` is the sweep's file of their weights' hashes: a resumed sweep must start from the same ones.
+
+    Raises:
+        CheckpointError: an original has other weights than the sweep began with.
+    """
     first: dict[str, TrainConfig | None] = {}
     wanted = set(todo)
     for trial in plan.trials:
@@ -63,8 +73,21 @@ def provide_originals(
                 if isinstance(error.cause, HamuError):
                     raise error.cause from None
                 raise
+        _pin(pins, key, original)
         words.say(f"{_described(original)} ({time.monotonic() - started:.1f} s)")
     return references
+
+
+def _pin(pins: Path, key: str, original: Original) -> None:
+    """Write down which weights the sweep starts from, or check that they still are the ones."""
+    pinned = json.loads(pins.read_text()) if pins.exists() else {}
+    digest = sha256_arrays(*(original.arrays[name] for name in sorted(original.arrays)))
+    if pinned.setdefault(key, digest) != digest:
+        raise CheckpointError(
+            f"the original {original.path!r} has other weights ({digest[:8]}) than this sweep began with ({pinned[key][:8]}), so "
+            "its trials could not be compared; put the old ones back, or start a sweep of another --name"
+        )
+    write_json(pins, pinned)
 
 
 def _described(original: Original) -> str:
@@ -88,7 +111,6 @@ def provide(config: TrainConfig, data: ImageData, *, n_threads: int, first: Trai
     """
     import torch
 
-    from hamu.errors import CheckpointError
     from hamu.tasks.vision import task_for
     from hamu.training.artifacts import read_record
     from hamu.training.inputs import is_local_path

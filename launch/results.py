@@ -1,6 +1,7 @@
 """The folder of a sweep: its plan, its trials' rows, its lease. All that a resumed sweep knows is in here, as text and Parquet.
 
 sweep.json                what is to run, written before anything starts
+originals.json            hashes of the weights that the trials start from
 trials/<id>/row.json      the trial has ended; there iff it did
 trials/<id>/checkpoint.pt where an unfinished trial goes on from
 trials/<id>/model/        the unlearned model
@@ -42,6 +43,7 @@ class SweepFolder:
         self.records = self.path / "records"
         self.trials = self.path / "trials"
         self.trials_parquet = self.path / "trials.parquet"
+        self.originals = self.path / "originals.json"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
 

@@ -123,7 +123,7 @@ def run_sweep(
             words.say(f"Ray started in {time.monotonic() - started:.1f} s" + (f", dashboard at {address}" if address else ""))
             references = {key: ray.put(item) for key, item in data.items()}
             originals = provide_originals(
-                plan, todo, references, sizes, slots=slots, machine=machine, words=words, signals=signals
+                plan, todo, references, sizes, slots=slots, machine=machine, words=words, signals=signals, pins=folder.originals
             )
             shared = Shared(
                 plan=plan,

@@ -119,7 +119,7 @@ def render_page(rows: Sequence[Row], summary: Mapping[str, Any], png: bytes) -> 
         base64.b64encode(png).decode("ascii")
     }">
 <h2>Pareto front</h2><p>Trials that no other beats on both axes.{same}</p>{front}
-<h2>Best of each method</h2><p>The most forgetting that keeps retain accuracy; else the highest retain accuracy.</p>{best}
+<h2>Best of each method</h2><p>Chosen as the setting to use is, see the notes; else the highest retain accuracy.</p>{best}
 <h2>All trials</h2><p>Click a heading to sort.</p>{everything}
 <h2>How to read this</h2>{_notes()}
 <script>{_SCRIPT}</script></body></html>
@@ -211,8 +211,9 @@ def _notes() -> str:
         "rows, as after gradient ascent, scores higher than one that was never shown them. A membership AUC far from "
         "0.5 on either side is a sign of it; this report has no retrained model to compare with.",
         "The setting to use is the trial of the front with the most forgetting among those whose retain accuracy is at "
-        f"most {percent} points under the original's. It was chosen and is reported on the same rows, so expect a "
-        "little less on others.",
+        f"most {percent} % under the original's. Forget quality counts up to 2 ln(classes), twice the loss of a guess; of "
+        "those that reach it, the one of highest retain utility is taken. It was chosen and is reported on the same rows, so "
+        "expect a little less on others.",
         "Test rows hold all classes, so the test accuracy falls by the forgotten class's share where a whole class is forgotten.",
         "The ratio is the constraint divided by the learning rate. S is the sum over blocks of the product of the "
         "lengths of the clipped retain and forget gradients; it bounds the ratio from above and shrinks as the model "

@@ -142,4 +142,7 @@ def front_text(rows: Sequence[Row]) -> str:
         shares = " ".join(f"{100 * value:>7.1f}" if is_finite(value) else f"{'-':>7}" for value in accuracies)
         axes = f"{row['forget_quality']:>+9.3g} {row['retain_utility']:>+9.3g}"
         lines.append(f"{mark} {setting_text(row, names):<{width}}  {axes} {shares}  {row.get('trial_id', '')}")
+    if chosen is None:
+        percent = 100 * MAX_RETAIN_ACCURACY_LOSS
+        lines.append(f"no setting forgot and kept retain accuracy within {percent:g} %; try more epochs, or other learning rates")
     return "\n".join(lines)

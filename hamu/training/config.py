@@ -227,7 +227,7 @@ def check_constraint(config: TrainConfig, n_blocks: int) -> None:
         shown = f"{config.radius:g}" + (f" * sqrt({blocks} blocks)" if blocks > 1 else "")
     if constraint > limit * (1 + _ROUNDING):
         raise ConfigError(
-            f"constraint {constraint:g} is larger than radius * max_grad_norm = {limit:g} (radius {shown}, "
-            f"max_grad_norm {norm:g}), so no gradients could meet it; use a hamu_constraint of at most {limit:g} "
-            f"(constraint_ratio {limit / config.lr:g})"
+            f"constraint {constraint:g} (constraint_ratio {constraint / config.lr:g}) is larger than radius * max_grad_norm = "
+            f"{limit:g} (radius {shown}, max_grad_norm {norm:g}), so no gradients could meet it; use a constraint_ratio of at most "
+            f"{limit / config.lr:g} (hamu_constraint {limit:g})"
         )

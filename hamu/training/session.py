@@ -87,6 +87,11 @@ class Session:
                 return dict(read_record(folder)["result"])
         return None
 
+    def is_published(self) -> bool:
+        """Whether this run trains a model that lies at its published place already."""
+        is_own_place = self.config.run.final_model_output_dir is not None
+        return not (self.config.is_unlearning or is_own_place) and stop_reason_at(self.model_folder, self.recipe) is not None
+
     def start(self) -> TrainingRun:
         """Load the model and set the run up; nothing has been trained yet."""
         if not self.config.run.resume:
@@ -209,7 +214,8 @@ def run_training(
 ) -> tuple[dict[str, Any], Session]:
     """Run one configuration to its end and keep its model, metrics and records.
 
-    With `resume`, a run that has ended already is not run again: its result is given as it was recorded.
+    With `resume`, a run that has ended already is not run again: its result is given as it was recorded. Nor is a model trained
+    again that lies at its published place already: sweeps may have started from it, and another training can differ in rounding.
 
     Args:
         config: what to run.
@@ -220,12 +226,13 @@ def run_training(
         The result as a trial's row (`RunResult.row`), and the session, whose `model_folder` holds the model.
     """
     session = Session(config)
-    if config.run.resume and (row := session.ended()) is not None:
+    if (config.run.resume or session.is_published()) and (row := session.ended()) is not None:
         logger.info(
-            "this run has ended already (%s, %s steps): nothing to do; its model is %s",
+            "this run has ended already (%s, %s steps): nothing to do; its model is %s%s",
             row["stop_reason"],
             row.get("steps"),
             session.model_folder,
+            "" if config.is_unlearning else " (remove that folder to train it anew)",
         )
         return row, session
     run = session.start()

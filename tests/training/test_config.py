@@ -135,7 +135,7 @@ def test_bad_settings_are_refused_in_one_line(flat, words):
 
 def test_constraint_above_the_lr_radius_is_refused_and_one_at_it_is_not():
     message = refused(method="hamu-q", constraint_ratio=1.01)
-    assert "constraint 0.000101 is larger than radius * max_grad_norm = 0.0001" in message
+    assert "constraint 0.000101 (constraint_ratio 1.01) is larger than radius * max_grad_norm = 0.0001" in message
     assert "constraint_ratio 1" in message
     for lr in (1e-4, 3e-4, 7e-5):  # ratio 1 exactly, whatever the rounding of ratio * lr
         config(method="hamu-u", constraint_ratio=1.0, lr=lr)

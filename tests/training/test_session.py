@@ -179,3 +179,12 @@ def test_a_model_that_came_to_the_published_place_meanwhile_is_not_overwritten(t
     session.finish(run)
     assert session.model_folder == taken.with_name(f"full-{session.recipe}")
     assert read_record(taken)["recipe"] != session.recipe
+
+
+def test_a_published_model_is_not_trained_again(tmp_path: Path) -> None:
+    config = TrainConfig.from_flat({"epochs": 0.1, "add_forget_to_train": True, "artifact_root": str(tmp_path)})
+    _, session = run_training(config, progress=False)
+    before = (session.model_folder / "model.safetensors").stat()
+    row, again = run_training(config, progress=False)
+    assert again.model_folder == session.model_folder and row["steps"] == 1
+    assert (again.model_folder / "model.safetensors").stat() == before
