@@ -228,6 +228,6 @@ def check_constraint(config: TrainConfig, n_blocks: int) -> None:
     if constraint > limit * (1 + _ROUNDING):
         raise ConfigError(
             f"constraint {constraint:g} (constraint_ratio {constraint / config.lr:g}) is larger than radius * max_grad_norm = "
-            f"{limit:g} (radius {shown}, max_grad_norm {norm:g}), so no gradients could meet it; use a constraint_ratio of at most "
-            f"{limit / config.lr:g} (hamu_constraint {limit:g})"
+            f"{limit:g} (radius {shown}, max_grad_norm {norm:g}), so no gradients could meet it; use a constraint_ratio of at "
+            f"most {limit / config.lr:g} (hamu_constraint {limit:g})"
         )
