@@ -81,11 +81,6 @@ class Task(Protocol):
         """Write a model folder that `load_model` reads, with `record` in its `record.json`."""
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of another library's error, to be quoted in one of ours."""
-    return str(error).strip().partition("\n")[0]
-
-
 class RowsInMemory:
     """The half of a classification task that does not depend on the model: splits, batches and scores.
 

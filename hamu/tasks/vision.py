@@ -15,9 +15,10 @@ from torch.nn import functional
 from hamu.data.sources import ImageData
 from hamu.data.splits import ForgetSet, draw_forget_set
 from hamu.errors import CheckpointError, ConfigError
+from hamu.hub import one_line
 from hamu.models.classifiers import build_classifier, input_shape, load_classifier, logits_of, save_classifier
 from hamu.models.normalisation import NORMALISATION, input_statistics
-from hamu.tasks.base import RowsInMemory, first_line
+from hamu.tasks.base import RowsInMemory
 
 if TYPE_CHECKING:
     from hamu.training.config import TrainConfig
@@ -129,7 +130,7 @@ class VisionTask(RowsInMemory):
             except (RuntimeError, ValueError) as error:
                 raise CheckpointError(
                     f"the model in {str(path)!r} does not take {self.n_channels}-channel images of {side[0]}x{side[1]} "
-                    f"pixels ({first_line(error)}); give the model of this dataset, or --img_size"
+                    f"pixels ({one_line(error)}); give the model of this dataset, or --img_size"
                 ) from error
         if shape != (1, self.n_classes):
             raise CheckpointError(

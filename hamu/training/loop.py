@@ -106,6 +106,7 @@ class TrainingRun:
         self.step = 0
         self.train_s = 0.0
         self.result: RunResult | None = None
+        self._requested: StopReason | None = None
         self._stop: StopReason | None = None
         self._message: str | None = None
         self._before: dict[str, float] = {}
@@ -123,10 +124,10 @@ class TrainingRun:
     def request_stop(self, reason: StopReason) -> None:
         """Ask the run to end before its next step (a signal, a user); the model and the metrics are kept.
 
-        A run that is ending already keeps its own reason.
+        May come at any moment, in the middle of a step too: it is obeyed between steps. A run that is ending already keeps its
+        own reason.
         """
-        if self._stop is None and self.step < self.total_steps:
-            self._stop = reason
+        self._requested = reason
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Run to the end, one report per recorded step or evaluation; `result` is set when the iteration is over."""
@@ -138,6 +139,9 @@ class TrainingRun:
             self._before = self._evaluate()
             yield self._record("evaluation", self._before)
         while self.step < self.total_steps and self._stop is None:
+            if self._requested is not None:
+                self._stop = self._requested
+                break
             started = time.perf_counter()
             self.engine.set_training_mode()
             report = self._take_step()

@@ -14,8 +14,3 @@ class StopReason(StrEnum):
     NON_FINITE = "non_finite"
     TARGET = "target_reached"
     CANCELLED = "cancelled"
-
-    @property
-    def is_early(self) -> bool:
-        """Whether the run ended before its last step."""
-        return self is not StopReason.FINISHED

@@ -265,6 +265,27 @@ def test_a_cancelled_run_goes_on_from_where_it_was_stopped(task: VisionTask, tra
     assert all(torch.equal(a, b) for a, b in zip(resumed_model.parameters(), whole_model.parameters(), strict=True))
 
 
+def test_a_request_in_the_middle_of_a_step_lets_the_step_be_taken(task: VisionTask, trained: nn.Module, tmp_path: Path) -> None:
+    """A signal comes when it likes: the step at hand is taken and recorded once, also after the run has gone on."""
+    path, config = tmp_path / "c.pt", unlearning(epochs=1, save_strategy="no")
+    run = TrainingRun(config, task, copy_of(trained), recorder=Recorder(tmp_path / "r", {"trial_id": "t"}), checkpoint_path=path)
+    gradients = run.engine.gradients
+
+    def interrupted(*parts: Any) -> None:
+        gradients(*parts)
+        if run.step == 4:
+            run.request_stop(StopReason.CANCELLED)
+
+    run.engine.gradients = interrupted  # type: ignore[method-assign]
+    exhaust(run)
+    assert run.result is not None and run.result.stop_reason is StopReason.CANCELLED and run.result.steps == 5
+    exhaust(
+        TrainingRun(config, task, copy_of(trained), recorder=Recorder(tmp_path / "r", {"trial_id": "t"}), checkpoint_path=path)
+    )
+    steps = [row["step"] for row in read_records(tmp_path / "r").to_pylist() if row["kind"] == "step"]
+    assert steps == list(range(1, 12))
+
+
 def test_a_request_after_the_last_step_does_not_change_the_reason(task: VisionTask, trained: nn.Module) -> None:
     run = TrainingRun(unlearning(), task, copy_of(trained))
     for _ in run:
