@@ -41,6 +41,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # the models of the tests are too small to share out
     RAY_USAGE_STATS_ENABLED="0",
+    TUNE_DISABLE_STRICT_METRIC_CHECKING="1",  # as in hamu/cli/ray_environment.py
 )
 
 
@@ -73,6 +74,18 @@ def ray_cluster() -> Iterator[Any]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Any]:
+    """Four processes that tests call as groups of 2 to 4 ranks; started at the first call."""
+    from tests.training.processes import Ranks
+
+    pool = Ranks()
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

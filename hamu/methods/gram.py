@@ -99,23 +99,31 @@ class BlockLayout:
         tensors: one per block, any shapes; only shapes and strides are kept. Dense tensors keep their memory order in a view, so
             channels-last weights get channels-last gradients.
         device: where the buffers live.
+        n_shards: equal ranges of rows that a buffer is cut into, one for each of several processes; rows of zeros, counted to
+            the last block, make the number of rows a multiple of it.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], device: torch.device | str | None = None) -> None:
+    def __init__(self, tensors: Sequence[Tensor], device: torch.device | str | None = None, *, n_shards: int = 1) -> None:
         self.device = torch.device(device if device is not None else tensors[0].device)
-        self.n_blocks = len(tensors)
+        self.n_blocks, self.n_shards = len(tensors), n_shards
         rows = [-(-tensor.numel() // ROW) for tensor in tensors]
+        rows[-1] += -sum(rows) % n_shards
         starts = np.concatenate([[0], np.cumsum(rows)])
         self.n_rows = int(starts[-1])
         self._places = [
             (tensor.size(), _dense_strides(tensor), int(start) * ROW) for tensor, start in zip(tensors, starts[:-1], strict=True)
         ]
-        self._rows_of_block = np.array(rows)
-        self._block_of_row = torch.repeat_interleave(torch.arange(self.n_blocks), torch.tensor(rows)).to(self.device)
+        self._block_of_row_host = np.repeat(np.arange(self.n_blocks), rows)
+        self._block_of_row = torch.from_numpy(self._block_of_row_host).to(self.device)
+
+    @property
+    def n_elements(self) -> int:
+        """Elements of a flat buffer, padding included."""
+        return self.n_rows * ROW
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
-        """Make the buffers of a gradient pair, zeros, shape (2, n_rows * ROW): row 0 for g_r, row 1 for g_f."""
-        return torch.zeros(2, self.n_rows * ROW, dtype=dtype, device=self.device)
+        """Make the buffers of a gradient pair, zeros, shape (2, n_elements): row 0 for g_r, row 1 for g_f."""
+        return torch.zeros(2, self.n_elements, dtype=dtype, device=self.device)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """Give one view per block into one row of the buffers, in the blocks' shapes."""
@@ -133,30 +141,46 @@ class BlockLayout:
             torch._foreach_copy_(self.views(buffer), list(tensors))
         return pair
 
-    def gram_sums(self, pair: Tensor, *, precise: bool = True) -> Tensor:
+    def gram_sums(self, pair: Tensor, *, precise: bool = True, shard: int = 0) -> Tensor:
         """Compute the 2x2 Gram of each block on the device: shape (n_blocks, 2, 2), float64. No host read.
 
-        `precise` multiplies and sums in float64; otherwise only the sums over rows are float64 and nothing is copied.
+        Args:
+            pair: the buffers, shape (2, n_elements), or one shard of them, shape (2, n_elements / n_shards).
+            precise: multiply and sum in float64; otherwise only the sums over rows are float64 and nothing is copied (half
+                precision is multiplied in float32).
+            shard: which shard `pair` is, where it is one: the sums are then its part of the Grams.
         """
         sums = torch.zeros(self.n_blocks, 2, 2, dtype=torch.float64, device=self.device)
         rows = pair.view(2, -1, ROW).transpose(0, 1)
-        for start in range(0, self.n_rows, SLAB_ROWS):
+        blocks = self._block_of_row[self._rows_of(shard, len(rows))]
+        for start in range(0, len(rows), SLAB_ROWS):
             slab = rows[start : start + SLAB_ROWS]
             if precise:
                 slab = slab.double()
-            sums.index_add_(0, self._block_of_row[start : start + SLAB_ROWS], torch.bmm(slab, slab.transpose(1, 2)).double())
+            elif slab.dtype.itemsize < 4:
+                slab = slab.float()
+            sums.index_add_(0, blocks[start : start + SLAB_ROWS], torch.bmm(slab, slab.transpose(1, 2)).double())
         return sums
 
     def grams(self, pair: Tensor) -> Grams:
         """Compute the Grams of a pair in float64; this reads the device once."""
         return grams_of_sums(self.gram_sums(pair).cpu().numpy())
 
-    def combine_(self, pair: Tensor, weights: np.ndarray) -> Tensor:
-        """Overwrite row 0 of the buffers with w_r g_r + w_f g_f and return it; weights has shape (n_blocks, 2)."""
-        of_row = torch.from_numpy(np.repeat(weights, self._rows_of_block, axis=0)).to(self.device, pair.dtype)
+    def combine_(self, pair: Tensor, weights: np.ndarray, *, shard: int = 0) -> Tensor:
+        """Overwrite row 0 of the buffers, or of a shard of them, with w_r g_r + w_f g_f and return it.
+
+        weights: shape (n_blocks, 2). pair, shard: as in `gram_sums`.
+        """
         retain, forget = pair.view(2, -1, ROW)
+        blocks = self._block_of_row_host[self._rows_of(shard, len(retain))]
+        # Not blocking: a copy to a GPU that does would make the host wait for all the work before it.
+        of_row = torch.from_numpy(weights[blocks]).to(self.device, non_blocking=True).to(pair.dtype)
         retain.mul_(of_row[:, :1]).addcmul_(forget, of_row[:, 1:])
         return pair[0]
+
+    def _rows_of(self, shard: int, n_rows: int) -> slice:
+        assert n_rows in (self.n_rows, self.n_rows // self.n_shards), "a pair is whole, or one shard"
+        return slice(shard * n_rows, (shard + 1) * n_rows)
 
 
 def grams_of_sums(sums: np.ndarray) -> Grams:

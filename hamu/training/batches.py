@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hamu.methods.base import Method
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
@@ -57,6 +59,21 @@ class BatchPlan:
             for order in orders:
                 shuffler.shuffle(order)
         return torch.tensor(orders[0], dtype=torch.int64), torch.tensor(orders[1], dtype=torch.int64)
+
+
+def rows_of_roles(plan: BatchPlan, step: int, method: Method, *, is_training: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Give the rows of a step, retain and forget; None for a role that the method has not.
+
+    An unlearning method with one role takes as many rows as a pair has, so that methods are compared at equal compute; plain
+    training takes those of one role.
+    """
+    if method.is_paired:
+        return plan.retain(step), plan.forget(step)
+    if is_training:
+        return plan.retain(step), None
+    if method.forget is None:
+        return plan.retain_alone(step), None
+    return None, plan.forget_alone(step)
 
 
 def _cycle(order: Tensor, step: int, count: int) -> Tensor:

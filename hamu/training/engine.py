@@ -1,7 +1,8 @@
 """The paired-gradient engine: two backward passes, one read of the device, one linear combination.
 
 Each role has one flat buffer that the backward pass accumulates into (every `param.grad` is a view of it), so gradient
-accumulation needs no code and the combination is two operations on the whole model.
+accumulation needs no code and the combination is two operations on the whole model. With a group of processes each does one
+role, and the combination of one shard.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hamu.methods.base import Method, MethodSettings
 from hamu.methods.combine import Decision, StepRules, decide_step
-from hamu.methods.gram import BlockLayout, Grams, clip_factors, grams_of_sums
+from hamu.methods.gram import clip_factors
+from hamu.training.groups import Group, SplitPair, roles_of
+from hamu.training.pairs import FORGET, NO_WISH, RETAIN, GradientPair, LocalPair, Wish
 
 FLOAT16_LOSS_SCALE = 1024.0
 """Keeps small gradients of a float16 backward pass above its underflow; an overflow ends the run as non-finite."""
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of the passes under autocast, by the name in a configuration."""
 
 BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)
 
@@ -42,13 +47,15 @@ class LogitsTask(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step saw: the decision, the objectives' means over the step's labels (nats), and the norms before clipping."""
+    """What one step saw: the decision, the objectives' means over the step's labels (nats), the norms before clipping, and what
+    the processes agreed on."""
 
     decision: Decision
     retain_loss: float
     forget_loss: float
     retain_grad_norm: float
     forget_grad_norm: float
+    wish: Wish
 
 
 class PairedEngine:
@@ -63,6 +70,8 @@ class PairedEngine:
         freeze_batchnorm: keep BatchNorm's running statistics fixed (its affine parameters train).
         autocast: dtype of the passes, None for the parameters' own; Grams, weights and update keep the parameters' dtype. With
             float16 losses are scaled before the backward pass, and the scale is taken out of the weights.
+        group: processes that share a step, more than one: of a paired method even ranks take the retain passes and odd ranks
+            the forget passes, of another all take its one role. `decide` and `apply` are then called by all of them.
     """
 
     def __init__(
@@ -76,20 +85,24 @@ class PairedEngine:
         freeze_batchnorm: bool = True,
         autocast: torch.dtype | None = None,
         compile_model: bool = False,
+        group: Group | None = None,
     ) -> None:
         self.task, self.model, self.method, self.original = task, model, method, original
         self.params: list[Tensor] = [param for param in model.parameters() if param.requires_grad]
-        self.layout = BlockLayout(self.params)
         self._settings = settings or MethodSettings()
         self._freeze_batchnorm, self._autocast = freeze_batchnorm, autocast
         self._loss_scale = FLOAT16_LOSS_SCALE if autocast is torch.float16 else 1.0
         self._forward: nn.Module = torch.compile(model) if compile_model else model  # type: ignore[assignment]
-        self.pair = self.layout.zeros(self.params[0].dtype)
-        """Both gradients, unclipped: row 0 retain, row 1 forget."""
-        self._views = [self.layout.views(buffer) for buffer in self.pair]
+        self.pair: GradientPair
+        if group is None or group.size == 1:
+            self.pair = LocalPair(self.params)
+        else:
+            only_role = RETAIN if method.forget is None else FORGET
+            self.pair = SplitPair(self.params, group, roles_of(group.size, is_paired=method.is_paired, only_role=only_role))
+        self.layout = self.pair.layout
         self._losses = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
-        self.average_retain: Tensor | None = None
-        """GRU's moving average of the clipped retain gradient, a flat buffer; part of a checkpoint."""
+        self._n_labels = [0, 0]
+        self._average_retain: Tensor | None = None
 
     def set_training_mode(self) -> None:
         """Put the model in training mode, but for frozen BatchNorm layers."""
@@ -100,75 +113,85 @@ class PairedEngine:
                     module.eval()
 
     def gradients(self, retain_parts: Sequence[BatchLike], forget_parts: Sequence[BatchLike]) -> None:
-        """Fill both gradient buffers: the retain passes, then the forget passes. A role that the method has not stays zero."""
+        """Fill the gradient buffers: the retain passes, then the forget passes.
+
+        A role that the method has not, or that another process does, stays zero; one whose parts have no rows stays zero too.
+        """
         self._losses.zero_()
         self.pair.zero_()
-        roles = ((self.method.retain, retain_parts), (self.method.forget, forget_parts))
-        for index, (build, parts) in enumerate(roles):
-            if build is None:
+        roles = ((RETAIN, self.method.retain, retain_parts), (FORGET, self.method.forget, forget_parts))
+        for role, build, parts in roles:
+            views = self.pair.views(role)
+            self._n_labels[role] = n_labels = sum(len(part.labels) for part in parts)
+            if build is None or views is None:
                 continue
             objective = build(self._settings)
-            for param, view in zip(self.params, self._views[index], strict=True):
+            for param, view in zip(self.params, views, strict=True):
                 param.grad = view
-            n_labels = sum(len(part.labels) for part in parts)
             for part in parts:
                 with self.autocast():
                     logits = self.task.logits(self._forward, part)
                     losses = objective(logits, part.labels, self._original_logits(part))
                 loss = losses.sum() / n_labels
                 (loss * self._loss_scale).backward()
-                self._losses[index] += loss.detach()
+                self._losses[role] += loss.detach()
 
-    def decide(self, *, lr: float, rules: StepRules, max_grad_norm: float | None) -> StepReport:
+    def decide(self, *, lr: float, rules: StepRules, max_grad_norm: float | None, wish: Wish = NO_WISH) -> StepReport:
         """Turn the pair's Grams into weights.
 
         Reads the device once; once more where the gradients of some block are nearly colinear, so that Grams in float64 are
-        needed, and with GRU's moving average.
+        needed, and with GRU's moving average. With a group this is where its processes exchange their gradients, and all of
+        them report the same.
         """
-        grams, losses = self._read(precise=False)
-        if grams.is_nearly_colinear:
-            grams, losses = self._read(precise=True)
+        self.pair.exchange(self._losses, self._n_labels, wish)
+        reading = self.pair.read(precise=False)
+        if reading.grams.is_nearly_colinear:
+            reading = self.pair.read(precise=True)
         unscale = 1 / self._loss_scale
-        of_step = grams
-        grams = grams if unscale == 1 else grams.scaled(unscale, unscale)
+        of_step = reading.grams
+        grams = of_step if unscale == 1 else of_step.scaled(unscale, unscale)
         retain_clip, forget_clip = clip_factors(grams, max_grad_norm)
         clip = retain_clip * unscale, forget_clip * unscale
-        if self._settings.gru_beta > 0 and self.method.averages_retain and grams.is_finite:
-            self._average_retain(clip[0])
-            clip, of_step = (1.0, clip[1]), self.layout.grams(self.pair)
+        is_averaged = self._settings.gru_beta > 0 and self.method.averages_retain
+        if is_averaged and grams.is_finite and not reading.wish.stop:
+            self._take_average(clip[0])
+            clip, of_step = (1.0, clip[1]), self.pair.read(precise=True).grams
         decision = decide_step(self.method, of_step, lr=lr, rules=rules, clip=clip)
         return StepReport(
             decision=decision,
-            retain_loss=float(losses[0]),
-            forget_loss=float(losses[1]),
+            retain_loss=reading.retain_loss,
+            forget_loss=reading.forget_loss,
             retain_grad_norm=math.sqrt(grams.retain.sum()),
             forget_grad_norm=math.sqrt(grams.forget.sum()),
+            wish=reading.wish,
         )
 
     @torch.no_grad()
     def apply(self, decision: Decision, *, lr: float, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Change the weights: by the update itself (plain SGD), or by a step of `optimizer` on -update / lr as gradient."""
         if optimizer is None:
-            self.layout.combine_(self.pair, decision.table)
-            torch._foreach_add_(self.params, self._views[0])
+            torch._foreach_add_(self.params, self.pair.combine(decision.table))
             return
-        self.layout.combine_(self.pair, decision.table / -lr)
-        for param, view in zip(self.params, self._views[0], strict=True):
-            param.grad = view
+        for param, grad in zip(self.params, self.pair.combine(decision.table / -lr), strict=True):
+            param.grad = grad
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+
+    @property
+    def average_retain(self) -> Tensor | None:
+        """GRU's moving average of the clipped retain gradient, a flat buffer; part of a checkpoint."""
+        return None if self._average_retain is None else self.pair.whole(self._average_retain)
+
+    @average_retain.setter
+    def average_retain(self, buffer: Tensor | None) -> None:
+        self._average_retain = None if buffer is None else self.pair.own(buffer.to(self.layout.device))
 
     def autocast(self) -> AbstractContextManager[object]:
         """Context in which passes run at the chosen precision."""
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(self.layout.device.type, dtype=self._autocast)
-
-    def _read(self, *, precise: bool) -> tuple[Grams, np.ndarray]:
-        """Grams and losses, in one read of the device."""
-        host = torch.cat([self.layout.gram_sums(self.pair, precise=precise).flatten(), self._losses]).cpu().numpy()
-        return grams_of_sums(host[:-2].reshape(-1, 2, 2)), host[-2:]
 
     def _original_logits(self, part: BatchLike) -> Tensor | None:
         if not self.method.needs_original:
@@ -177,12 +200,12 @@ class PairedEngine:
         with torch.no_grad():
             return self.task.logits(self.original, part)
 
-    def _average_retain(self, factor: float) -> None:
+    def _take_average(self, factor: float) -> None:
         # GRU (arXiv 2503.09117): m = beta g_r + (1 - beta) m_prev, started at g_r; m takes the place of g_r.
-        retain, beta = self.pair[0], self._settings.gru_beta
+        retain, beta = self.pair.table[RETAIN], self._settings.gru_beta
         retain.mul_(factor)
-        if self.average_retain is None:
-            self.average_retain = retain.clone()
+        if self._average_retain is None:
+            self._average_retain = retain.clone()
         else:
-            self.average_retain.lerp_(retain, beta)
-        retain.copy_(self.average_retain)
+            self._average_retain.lerp_(retain, beta)
+        retain.copy_(self._average_retain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hamu.scores import auc
+from hamu.training.groups import Group
 
 if TYPE_CHECKING:
     from hamu.tasks.base import Task
@@ -17,7 +19,14 @@ SPLITS = ("retain", "forget", "test")
 
 
 @torch.no_grad()
-def evaluate(task: Task, model: nn.Module, *, batch_size: int, autocast: AbstractContextManager[object]) -> dict[str, float]:
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    *,
+    batch_size: int,
+    autocast: AbstractContextManager[object],
+    group: Group | None = None,
+) -> dict[str, float]:
     """Score a model on all three splits.
 
     Args:
@@ -25,6 +34,8 @@ def evaluate(task: Task, model: nn.Module, *, batch_size: int, autocast: Abstrac
         model: put into evaluation mode here.
         batch_size: rows a pass.
         autocast: context of the passes.
+        group: processes that hold the same model: each scores every so-many-th batch, and all get the metrics that one process
+            would have found.
 
     Returns:
         `{retain,forget,test}_{loss,accuracy,entropy}` (nats; accuracy in [0, 1]) and membership AUCs:
@@ -33,6 +44,7 @@ def evaluate(task: Task, model: nn.Module, *, batch_size: int, autocast: Abstrac
         Splits without rows are left out.
     """
     model.eval()
+    group = group or Group.alone(task.device)
     metrics: dict[str, float] = {}
     losses: dict[str, Tensor] = {}
     min_k: dict[str, Tensor] = {}
@@ -40,20 +52,33 @@ def evaluate(task: Task, model: nn.Module, *, batch_size: int, autocast: Abstrac
         n_rows = task.n_rows(split)
         if n_rows == 0:
             continue
-        scores = []
-        for positions in torch.arange(n_rows).split(batch_size):
+        batches = torch.arange(n_rows).split(batch_size)
+        scores = torch.empty(n_rows, 4, dtype=torch.float64, device=task.device)
+        for positions in batches[group.rank :: group.size]:
             batch = task.batch(split, positions)
             with autocast:
                 logits = task.logits(model, batch)
-            scores.append(task.row_scores(logits, batch))
-        losses[split] = torch.cat([part.loss for part in scores]).cpu()
-        min_k[split] = torch.cat([part.min_k for part in scores]).cpu()
-        metrics[f"{split}_loss"] = float(losses[split].double().mean())
-        metrics[f"{split}_accuracy"] = float(torch.cat([part.correct for part in scores]).double().mean())
-        metrics[f"{split}_entropy"] = float(torch.cat([part.entropy for part in scores]).double().mean())
+            rows = task.row_scores(logits, batch)
+            scores[positions] = torch.stack([rows.loss, rows.min_k, rows.correct.double(), rows.entropy], dim=1)
+        if group.size > 1:
+            scores = _of_all(scores, batches, group)
+        losses[split], min_k[split] = scores[:, 0].cpu(), scores[:, 1].cpu()
+        metrics[f"{split}_loss"] = float(losses[split].mean())
+        metrics[f"{split}_accuracy"] = float(scores[:, 2].mean())
+        metrics[f"{split}_entropy"] = float(scores[:, 3].mean())
     for name, negatives, positives in (("retain_forget", "retain", "forget"), ("forget_test", "forget", "test")):
         if negatives in losses and positives in losses:
             metrics[f"{name}_loss_auc"] = auc(losses[negatives], losses[positives])
             # A low min-k score is a high loss: the roles swap so that both AUCs have the same ideal value.
             metrics[f"{name}_min_k_auc"] = auc(min_k[positives], min_k[negatives])
     return metrics
+
+
+def _of_all(scores: Tensor, batches: Sequence[Tensor], group: Group) -> Tensor:
+    """Put together the rows that each process of a group has scored, shape (n_rows, 4)."""
+    positions = [torch.cat([*batches[rank :: group.size], torch.arange(0)]) for rank in range(group.size)]
+    gathered = group.gather_rows(scores[positions[group.rank]], [len(part) for part in positions])
+    whole = torch.empty_like(scores)
+    for part, rows in zip(positions, gathered, strict=True):
+        whole[part] = rows
+    return whole

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from hamu.methods.combine import StepRules
 from hamu.training.config import TrainConfig
 
 
@@ -28,3 +29,16 @@ def lr_factor(schedule: str, step: int, total_steps: int) -> float:
     if schedule == "cosine":
         return (1 + math.cos(math.pi * step / total_steps)) / 2
     return 1.0
+
+
+def rules_at(config: TrainConfig, lr: float) -> StepRules:
+    """Limits of the step at a learning rate; a schedule reaches the constraint and a fixed radius alike."""
+    scale = lr / config.lr
+    return StepRules(
+        constraint=config.constraint * scale,
+        radius=None if config.radius is None else config.radius * scale,
+        split=config.split,
+        full_grad=config.method.full_grad,
+        on_infeasible=config.on_infeasible,
+        normalize_split=not config.method.no_normalize_distributed_constraint,
+    )
