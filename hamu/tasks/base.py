@@ -54,6 +54,8 @@ class Task(Protocol):
     n_classes: int
     forget_set: ForgetSet
     device: torch.device
+    n_bytes: int
+    """Of its rows on the device."""
 
     def n_rows(self, split: str) -> int:
         """Return the number of rows in a split of `SPLITS`; 0 for test rows that are not given."""
@@ -123,6 +125,7 @@ class RowsInMemory:
         retain, forget = torch.tensor(forget_set.retain), torch.tensor(forget_set.forget)
         rows = {"retain": retain, "forget": forget, "train": torch.cat((retain, forget))}
         rows["test"] = torch.arange(len(test[1]))
+        self.n_bytes = sum(part.nbytes for table in self._tables.values() for part in table)
         self._rows = {split: index.to(self.device) for split, index in rows.items()}
 
     def n_rows(self, split: str) -> int:
@@ -135,7 +138,7 @@ class RowsInMemory:
 
     def batch(self, split: str, positions: Tensor) -> Batch:
         """Return the rows at the positions (n,) int64, each in [0, n_rows(split)), of a split."""
-        rows = self._rows_of(split).index_select(0, positions.to(self.device))
+        rows = self._rows_of(split).index_select(0, positions.to(self.device, non_blocking=True))
         inputs, labels = self._tables["test" if split == "test" else "train"]
         return Batch(self.prepare(inputs.index_select(0, rows)), labels.index_select(0, rows), len(rows))
 

@@ -51,6 +51,7 @@ _LOSS_THRESHOLDS = ("stop_on_loss_thresholds", "retain_loss_stop_threshold", "fo
 # What does not change a result: places, pace of recording, and flags without a meaning for the numbers.
 _NOT_RECIPE = frozenset((
     "output_dir", "final_model_output_dir", "artifact_root", "resume", "dry_run", "debug", "device",
+    "backend", "ddp_timeout", "ray_address",
     "dataset_cache_dir", "no_torch_compile", "per_device_eval_batch_size", "gradient_checkpointing", "logging_strategy",
     "logging_steps", "longer_eval_steps", "eval_on_start", "eval_on_subsets", "eval_on_forget", "save_strategy",
     "save_steps", "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags", "wandb_notes",
@@ -127,6 +128,11 @@ class TrainConfig:
     def is_unlearning(self) -> bool:
         """Whether this run unlearns; else it trains."""
         return self.method_name != NO_METHOD
+
+    @property
+    def is_split(self) -> bool:
+        """Whether several processes share each step (pairing split-gpu); else one does it all."""
+        return self.run.gradient_pairing == "split-gpu"
 
     @property
     def is_hamu(self) -> bool:

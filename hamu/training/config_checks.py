@@ -52,20 +52,30 @@ def check_together(config: TrainConfig) -> None:
 
 
 def _check_pairing(config: TrainConfig) -> None:
-    pairing, n = config.run.gradient_pairing, config.run.num_workers
-    if pairing == "split-gpu":
-        if n % 2:
-            raise ConfigError(
-                f"pairing 'split-gpu' needs an even number of processes, got {n}; use {n + 1}, or pairing 'sequential'"
-            )
-        if not config.freeze_batchnorm:
-            raise ConfigError(
-                "pairing 'split-gpu' needs frozen BatchNorm, since running statistics would differ between processes; "
-                "use freeze_batchnorm, or pairing 'sequential'"
-            )
-        raise ConfigError("pairing 'split-gpu' arrives later; use pairing 'sequential' with num_workers 1")
-    if n > 1:
-        raise ConfigError(f"pairing 'sequential' runs in one process, got num_workers {n}; use num_workers 1")
+    n = config.run.num_workers
+    if not config.is_split:
+        if n > 1:
+            split = ", or pairing 'split-gpu'" if n % 2 == 0 and config.freeze_batchnorm else ""
+            raise ConfigError(f"pairing 'sequential' runs in one process, got num_workers {n}; use num_workers 1{split}")
+        return
+    alone = "gradient_pairing sequential with num_workers 1"
+    if n % 2:
+        fewer = f"{n - 1} or " if n > 1 else ""
+        raise ConfigError(
+            f"pairing 'split-gpu' needs an even number of processes, got {n}; use num_workers {fewer}{n + 1}, or {alone}"
+        )
+    device, backend = config.run.device or "", config.run.backend
+    if ":" in device or (device == "cpu" and backend == "nccl"):
+        raise ConfigError(
+            f"device {device!r} does not go with pairing 'split-gpu'{' over nccl' * (device == 'cpu')}: each process gets a GPU "
+            "of its own, or a core over gloo; use device cuda or cpu, or leave it out"
+        )
+    if not config.freeze_batchnorm:
+        freeze = "freeze_batchnorm True, or " if config.is_unlearning else ""
+        raise ConfigError(
+            "pairing 'split-gpu' needs frozen BatchNorm, got freeze_batchnorm False: running statistics would differ between "
+            f"processes; use {freeze}{alone}"
+        )
 
 
 def _check_text_only(config: TrainConfig) -> None:
@@ -106,6 +116,9 @@ def warnings_of(config: TrainConfig) -> list[str]:
         said.append("use_optimizer: no effect, training always uses AdamW")
     if config.optimizer_name == "sgd" and config.training.weight_decay:
         said.append(f"weight_decay {config.training.weight_decay:g}: no effect on plain SGD; it is for AdamW")
+    idle = [name for name in ("backend", "ddp_timeout", "ray_address") if name in given and not config.is_split]
+    if idle:
+        said.append(f"{', '.join(idle)}: no effect, pairing {config.run.gradient_pairing!r} runs in one process without Ray")
     if config.method_name != "scrub" and given & {"scrub_alpha", "scrub_gamma"}:
         said.append(f"scrub_alpha, scrub_gamma: no effect, the method is {config.method_name!r}")
     if config.method_name != "gru" and "gru_beta" in given:

@@ -61,6 +61,13 @@ TRIAL_SCHEMA = pa.schema([
     *_floats(("epochs", "started_at", "ended_at", "setup_s", "train_s")), *_floats(METRIC_COLUMNS),
     *_floats(f"original_{split}_{metric}" for split in SPLITS for metric in ("loss", "accuracy")),
     *_floats(HARDNESS_COLUMNS),
-    ("n_classes", pa.int64()), ("peak_rss_bytes", pa.int64()), ("model_path", pa.string()), ("config", pa.string()),
+    ("n_classes", pa.int64()), ("attempts", pa.int64()), ("memory_estimate_bytes", pa.int64()), ("peak_rss_bytes", pa.int64()),
+    ("peak_bytes_per_rank", pa.list_(pa.int64())), ("model_path", pa.string()), ("config", pa.string()),
 ])  # fmt: skip
-"""Columns of trials.parquet; `status` is "finished", "failed" or "pruned", `started_at` and `ended_at` unix seconds."""
+"""Columns of trials.parquet.
+
+status: "finished", "failed", or "pruned" (ended early by a scheduler or a stopper; its model is kept as any other's).
+started_at, ended_at: unix seconds. attempts: times the trial was begun, more than one where a process died, it was paused, or
+another's state was handed on. The memory columns are bytes a process, of the GPU where there is one: the estimate, the largest
+peak of its processes, and each one's.
+"""

@@ -12,7 +12,9 @@ from hamu.training.fields import check_choice, check_range, setting
 
 MODALITIES = ("vision", "llm")
 PAIRINGS = ("sequential", "split-gpu")
+BACKENDS = ("nccl", "gloo")
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+ADDRESS = re.compile(r"auto|([^\s:/]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 
 
 def _expand(settings: Any, *names: str) -> None:
@@ -38,7 +40,14 @@ class RunConfig:
     seed: int = setting(42, "seed of the forget set, the initial weights and the order (see shuffle_seed)")
     shuffle_seed: int | None = setting(None, "seed of the order of rows; default: seed")
     gradient_pairing: str = setting("sequential", "sequential (one process) or split-gpu (an even number of processes)")
-    num_workers: int = setting(1, "processes of the run (NUM_GPUS of the published scripts)")
+    num_workers: int = setting(1, "processes of the run, one GPU or core each (NUM_GPUS of the published scripts)")
+    backend: str | None = setting(
+        None, "split-gpu: nccl or gloo, what the processes talk through; default: nccl on GPUs, else gloo"
+    )
+    ddp_timeout: float = setting(300.0, "split-gpu: seconds a process waits for another before all are started again")
+    ray_address: str | None = setting(
+        None, "split-gpu: Ray cluster to join, auto or host:port; default: a Ray of this run's own on this machine"
+    )
     device: str | None = setting(None, "cpu, cuda or cuda:<n>; default: a GPU if there is one")
     output_dir: str | None = setting(None, "folder of records and metrics; default: under artifact_root")
     final_model_output_dir: str | None = setting(None, "folder of the final model; default: under artifact_root")
@@ -53,6 +62,13 @@ class RunConfig:
         check_range("num_labels", self.num_labels, low=2)
         check_range("img_size", self.img_size, low=1)
         check_range("num_workers", self.num_workers, low=1)
+        if self.backend is not None:
+            check_choice("backend", self.backend, BACKENDS)
+        check_range("ddp_timeout", self.ddp_timeout, above=0, mend="300 is the default")
+        if self.ray_address is not None and not ADDRESS.fullmatch(self.ray_address):
+            raise ConfigError(
+                f"ray_address must be auto or host:port, got {self.ray_address!r}; leave it out for a Ray on this machine"
+            )
         check_range("seed", self.seed, low=0, high=2**32 - 1)
         check_range("shuffle_seed", self.shuffle_seed, low=0, high=2**32 - 1)
         if self.device is not None and not _DEVICE.fullmatch(self.device):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hamu.data.sources import ImageData
@@ -30,8 +31,10 @@ from hamu.training.artifacts import (
 )
 from hamu.training.checkpoints import load_checkpoint
 from hamu.training.config import TrainConfig
+from hamu.training.groups import Group
 from hamu.training.inputs import check_start, is_local_path, start_differences
 from hamu.training.loop import TrainingRun
+from hamu.training.memory import keep_freed_memory
 from hamu.training.original import (
     adopts,
     choose_device,
@@ -60,14 +63,15 @@ class Session:
 
     Args:
         config: a checked configuration.
+        device: of model and rows; default: as the configuration says.
 
     Raises:
         ConfigError, DataError, CheckpointError: before any work, for whatever the configuration asks that is not there.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, device: torch.device | None = None) -> None:
         self.config = config = canonical(config)
-        device = choose_device(config)
+        device = device or choose_device(config)
         start = check_start(config)
         self.data: ImageData = load_data(config)
         self.task: VisionTask = task_for(config, self.data, device=device, start=start)
@@ -87,23 +91,44 @@ class Session:
                 return dict(read_record(folder)["result"])
         return None
 
+    def ended_before(self) -> dict[str, Any] | None:
+        """The result of this run, where it need not be run: it resumes one that has ended, or trains what is published."""
+        if not (self.config.run.resume or self.is_published()) or (row := self.ended()) is None:
+            return None
+        logger.info(
+            "this run has ended already (%s, %s steps): nothing to do; its model is %s%s",
+            row["stop_reason"],
+            row.get("steps"),
+            self.model_folder,
+            "" if self.config.is_unlearning else " (remove that folder to train it anew)",
+        )
+        return row
+
     def is_published(self) -> bool:
         """Whether this run trains a model that lies at its published place already."""
         is_own_place = self.config.run.final_model_output_dir is not None
         return not (self.config.is_unlearning or is_own_place) and stop_reason_at(self.model_folder, self.recipe) is not None
 
-    def start(self) -> TrainingRun:
-        """Load the model and set the run up; nothing has been trained yet."""
+    def start_afresh(self) -> None:
+        """Remove the checkpoint of an earlier run of this recipe, unless this run resumes."""
         if not self.config.run.resume:
             self.checkpoint.unlink(missing_ok=True)
         elif not self.checkpoint.exists():
             logger.info("no checkpoint at %s, starting at step 0", self.checkpoint)
+
+    def start(self, group: Group | None = None) -> TrainingRun:
+        """Load the model and set the run up; nothing has been trained yet. A checkpoint that is there is gone on with.
+
+        Of a group all processes call it, and the first one writes.
+        """
         model = self.load_start()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / _RUN_NAME) as temporary:
-            temporary.write_text(json_text(self._run_record(), indent=1) + "\n")
-        recorder = Recorder(self.folder / "records", self._identity())
-        return TrainingRun(self.config, self.task, model, recorder=recorder, checkpoint_path=self.checkpoint)
+        recorder = None
+        if group is None or group.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / _RUN_NAME) as temporary:
+                temporary.write_text(json_text(self._run_record(), indent=1) + "\n")
+            recorder = Recorder(self.folder / "records", self._identity())
+        return TrainingRun(self.config, self.task, model, recorder=recorder, checkpoint_path=self.checkpoint, group=group)
 
     def hardness_so_far(self) -> dict[str, float] | None:
         """S, kappa and the largest feasible ratio at the first step of the run that is gone on with; None: there is none."""
@@ -225,16 +250,11 @@ def run_training(
     Returns:
         The result as a trial's row (`RunResult.row`), and the session, whose `model_folder` holds the model.
     """
+    keep_freed_memory()
     session = Session(config)
-    if (config.run.resume or session.is_published()) and (row := session.ended()) is not None:
-        logger.info(
-            "this run has ended already (%s, %s steps): nothing to do; its model is %s%s",
-            row["stop_reason"],
-            row.get("steps"),
-            session.model_folder,
-            "" if config.is_unlearning else " (remove that folder to train it anew)",
-        )
+    if (row := session.ended_before()) is not None:
         return row, session
+    session.start_afresh()
     run = session.start()
     if on_start is not None:
         on_start(run, session)

@@ -6,11 +6,15 @@ from enum import StrEnum
 
 
 class StopReason(StrEnum):
-    """How a run ended. All but CANCELLED are ends a user may expect; every one keeps the model, the metrics and the reason."""
+    """How a run ended. All but CANCELLED are ends a user may expect; every one keeps the model, the metrics and the reason.
+
+    PRUNED is the scheduler's or the user's choice to spend no more on a trial.
+    """
 
     FINISHED = "finished"
     CRITERION = "stopping_criterion"
     INFEASIBLE = "infeasible"
     NON_FINITE = "non_finite"
     TARGET = "target_reached"
+    PRUNED = "pruned"
     CANCELLED = "cancelled"

@@ -112,11 +112,18 @@ def test_radius_is_the_lr_radius_unless_fixed():
         ({"stopping_rule": "agregate"}, "did you mean 'aggregate'?"),
         (
             {"gradient_pairing": "split-gpu", "method": "hamu-q", "num_workers": 3},
-            "even number of processes, got 3; use 4",
+            "even number of processes, got 3; use num_workers 2 or 4",
         ),
-        ({"gradient_pairing": "split-gpu", "method": "hamu-q", "num_workers": 2}, "arrives later"),
-        ({"gradient_pairing": "split-gpu", "num_workers": 2}, "needs frozen BatchNorm"),
-        ({"num_workers": 2}, "runs in one process, got num_workers 2"),
+        ({"gradient_pairing": "split-gpu", "method": "hamu-q"}, "even number of processes, got 1; use num_workers 2"),
+        ({"gradient_pairing": "split-gpu", "num_workers": 2}, "use gradient_pairing sequential with num_workers 1"),
+        (
+            {"gradient_pairing": "split-gpu", "num_workers": 2, "method": "ft", "freeze_batchnorm": False},
+            "use freeze_batchnorm True, or gradient_pairing sequential",
+        ),
+        ({"num_workers": 2, "method": "ft"}, "got num_workers 2; use num_workers 1, or pairing 'split-gpu'"),
+        ({"backend": "mpi"}, "unknown backend 'mpi'"),
+        ({"ddp_timeout": 0}, "ddp_timeout must be > 0"),
+        ({"ray_address": "10.0.0.1"}, "ray_address must be auto or host:port, got '10.0.0.1'"),
         ({"fp16": True, "bf16": True}, "give one"),
         ({"forget_dataset_name": "other"}, "forget_dataset_name 'other' differs"),
         ({"add_lora": True}, "add_lora is for text"),
@@ -131,6 +138,24 @@ def test_radius_is_the_lr_radius_unless_fixed():
 )
 def test_bad_settings_are_refused_in_one_line(flat, words):
     assert words in refused(**flat)
+
+
+def test_processes_that_split_cannot_take_are_not_told_to_split():
+    for flat in ({"num_workers": 3, "method": "ft"}, {"num_workers": 2}):
+        assert "split-gpu" not in refused(**flat)
+
+
+def test_how_processes_talk_is_no_part_of_the_recipe_but_how_many_is():
+    split = {"method": "hamu-q", "gradient_pairing": "split-gpu", "num_workers": 2}
+    recipe = config(**split).recipe_hash()
+    assert config(**split, backend="gloo", ddp_timeout=5.0, ray_address="auto").recipe_hash() == recipe
+    assert config(**{**split, "num_workers": 4}).recipe_hash() != recipe
+    assert config(method="hamu-q").recipe_hash() == "664329ef"  # names folders of earlier runs
+
+
+def test_settings_of_several_processes_are_told_to_be_idle_in_one():
+    said = config(method="ft", backend="gloo", ddp_timeout=5.0, ray_address="auto").warnings()
+    assert said == ["backend, ddp_timeout, ray_address: no effect, pairing 'sequential' runs in one process without Ray"]
 
 
 def test_constraint_above_the_lr_radius_is_refused_and_one_at_it_is_not():

@@ -265,6 +265,40 @@ def test_a_cancelled_run_goes_on_from_where_it_was_stopped(task: VisionTask, tra
     assert all(torch.equal(a, b) for a, b in zip(resumed_model.parameters(), whole_model.parameters(), strict=True))
 
 
+def test_a_run_saved_between_a_step_and_its_evaluation_makes_it_when_it_goes_on(
+    task: VisionTask, trained: nn.Module, tmp_path: Path
+) -> None:
+    config = unlearning(epochs=1, eval_strategy="steps", eval_steps=3, logging_strategy="steps", logging_steps=1)
+    whole = [(row["kind"], row["step"], row.get("forget_loss")) for row in TrainingRun(config, task, copy_of(trained))]
+    cut = TrainingRun(config, task, copy_of(trained))
+    told = []
+    for row in cut:
+        told.append((row["kind"], row["step"], row.get("forget_loss")))
+        if told[-1][:2] == ("step", 3):
+            cut.save(tmp_path / "c.pt")
+            break
+    resumed = TrainingRun(config, task, copy_of(trained), checkpoint_path=tmp_path / "c.pt")
+    first = next(iter(resumed))
+    assert (first["kind"], first["step"]) == ("evaluation", 3)
+    assert resumed.metrics["forget_quality"] == first["forget_quality"]
+    resumed = TrainingRun(config, task, copy_of(trained), checkpoint_path=tmp_path / "c.pt")
+    told += [(row["kind"], row["step"], row.get("forget_loss")) for row in resumed]
+    assert told == whole
+
+
+def test_a_pause_that_is_due_is_told_after_the_step_and_not_recorded(
+    task: VisionTask, trained: nn.Module, tmp_path: Path
+) -> None:
+    recorder = Recorder(tmp_path, {"trial_id": "t"})
+    run = TrainingRun(unlearning(epochs=1, logging_strategy="no", eval_strategy="no"), task, copy_of(trained), recorder=recorder)
+    reports = iter(run)
+    assert next(reports)["kind"] == "evaluation"
+    run.pause_at(0.0)
+    kinds = [(row["kind"], row["step"]) for row in reports]
+    assert kinds[1:-1] == [("progress", step) for step in range(2, run.total_steps + 1)]
+    assert "progress" not in read_records(tmp_path)["kind"].to_pylist()
+
+
 def test_a_request_in_the_middle_of_a_step_lets_the_step_be_taken(task: VisionTask, trained: nn.Module, tmp_path: Path) -> None:
     """A signal comes when it likes: the step at hand is taken and recorded once, also after the run has gone on."""
     path, config = tmp_path / "c.pt", unlearning(epochs=1, save_strategy="no")

@@ -1,0 +1,78 @@
+"""When a run ends before its time, and what its user is told: pure functions of a step's report or an evaluation.
+
+In a group all processes see the same report and the same metrics, so they all end at the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hamu.methods.base import Method
+from hamu.methods.hardness import Hardness
+from hamu.training.config import TrainConfig
+from hamu.training.engine import StepReport
+from hamu.training.stop import StopReason
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a run ends, and in words."""
+
+    reason: StopReason
+    message: str
+
+
+def end_of_step(report: StepReport, *, config: TrainConfig, method: Method, step: int, lr: float) -> End | None:
+    """Decide whether a run ends before a step is applied: no finite gradient, the stopping criterion, or infeasible.
+
+    Args:
+        report: of the step.
+        step: steps applied so far.
+        lr: learning rate of the step.
+    """
+    decision, hardness = report.decision, report.decision.hardness
+    rule = config.method.stopping_rule
+    if decision.stop_reason == StopReason.NON_FINITE:
+        return End(
+            StopReason.NON_FINITE,
+            f"stopped at step {step}: a gradient is not finite (retain loss {report.retain_loss:g}, forget loss "
+            f"{report.forget_loss:g}); the model before this step is kept; use a learning rate below {lr:g}",
+        )
+    if method.is_constrained and config.method.stop_on_stopping_criterion and hardness.margins[rule] > 0:
+        said = _criterion(rule, hardness, config=config, lr=lr)
+        return End(StopReason.CRITERION, f"stopped at step {step} by the stopping criterion: {said}")
+    if decision.stop_reason == StopReason.INFEASIBLE:
+        feasible = min(hardness.max_constraint_ratio, hardness.split_constraint_ratio)
+        return End(
+            StopReason.INFEASIBLE,
+            f"stopped at step {step}, infeasible: constraint ratio {config.constraint_ratio:.4g} was asked for, up to "
+            f"{feasible:.4g} would have been feasible here (S = {hardness.gradient_product:.4g})",
+        )
+    return None
+
+
+def end_of_metrics(metrics: Mapping[str, float], *, config: TrainConfig, step: int) -> End | None:
+    """Decide whether a run ends after an evaluation: a loss threshold was passed, or the target test accuracy reached."""
+    settings, end = config.method, None
+    if has_reached_target(metrics, config):
+        said = f"test accuracy {metrics['test_accuracy']:.4f} reached the target {config.training.target_test_accuracy:g}"
+        end = End(StopReason.TARGET, f"{said} at step {step}")
+    for name in ("retain_loss", "forget_loss") if settings.stop_on_loss_thresholds else ():
+        threshold = getattr(settings, f"{name}_stop_threshold")
+        if threshold is not None and metrics[name] > threshold:
+            end = End(StopReason.TARGET, f"{name} {metrics[name]:.4f} passed its threshold {threshold:g} at step {step}")
+    return end
+
+
+def has_reached_target(metrics: Mapping[str, float], config: TrainConfig) -> bool:
+    """Whether the test accuracy is at the target; there may be none."""
+    target = config.training.target_test_accuracy
+    return target is not None and metrics.get("test_accuracy", 0.0) >= target
+
+
+def _criterion(rule: str, hardness: Hardness, *, config: TrainConfig, lr: float) -> str:
+    if rule == "predicted":
+        return f"the step would have changed the free objective the wrong way, by {hardness.margins[rule]:.4g} nats"
+    bound = hardness.stopping_rhs / lr if rule == "aggregate" else hardness.max_constraint_ratio
+    return f"constraint ratio {config.constraint_ratio:.4g} is above the {rule} rule's bound here, {bound:.4g}"
