@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from hamu.training.run_settings import ADDRESS
+
 SETTINGS_BY_NAME = {
     "METHOD": "unlearning_method",
     "LR": "learning_rate",
@@ -19,6 +21,7 @@ SETTINGS_BY_NAME = {
     "ARTIFACT_ROOT": "artifact_root",
     "BATCH_SIZE": "per_device_train_batch_size",
     "NUM_TRAIN_EPOCHS": "num_train_epochs",
+    "RAY_ADDRESS": "ray_address",
 }
 TEXT_NAMES = ("FORGET_PCT", "DUPLICATE_SPLIT", "ADD_DUPLICATE")
 
@@ -41,6 +44,9 @@ def read_environment(environ: Mapping[str, str]) -> FromEnvironment:
     for name, setting in SETTINGS_BY_NAME.items():
         if environ.get(name, "").strip():
             settings[setting], sources[setting] = environ[name].strip(), f"environment {name}"
+    address = settings.get("ray_address", "auto")
+    if not ADDRESS.fullmatch(address):  # an address of Ray's dashboard or client, which other tools read under this name
+        del settings["ray_address"], sources["ray_address"]
     warnings = [
         f"environment {name}={environ[name]}: for text, no effect on images"
         for name in TEXT_NAMES

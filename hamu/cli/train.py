@@ -30,12 +30,15 @@ from hamu.models.record import json_text
 from hamu.training.config import ALIASES, GROUPS, KNOWN, TrainConfig
 from hamu.training.fields import unknown_key
 from hamu.training.inputs import check_inputs, check_start
+from hamu.training.ray_workers import WorkersError
 
 if TYPE_CHECKING:
+    from hamu.cli.split_run import StopRequest
     from hamu.training.loop import TrainingRun
     from hamu.training.session import Session
 
 _UNSET = object()
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Parsed(NamedTuple):
@@ -80,6 +83,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Parsed:
     if "hamu_constraint" in flags:
         given.pop("constraint_ratio", None)  # another form of what a flag says already
     given.update(flags)
+    if given.get("gradient_pairing") != "split-gpu" and "ray_address" not in flags:
+        given.pop("ray_address", None)  # a shell's RAY_ADDRESS is no business of a run without Ray
     flat, warnings = translate(given)
     config = TrainConfig.from_flat(flat)
     check_inputs(config)
@@ -161,14 +166,21 @@ class SignalStop:
 
     def __init__(self) -> None:
         self.number: int | None = None  # the signal that came
-        self.run: TrainingRun | None = None  # the run to end
+        self.run: TrainingRun | StopRequest | None = None  # the run to end
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> SignalStop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self.install()
+        return self
+
+    def install(self) -> None:
+        """Take the signals; to be called again after a library took them."""
         # Outside the main thread Python refuses handlers: whoever runs us there has the signals.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
+            for number in _SIGNALS:
+                signal.signal(number, self._handle)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -188,17 +200,10 @@ def run(parsed: Parsed) -> int:
     """Run what was parsed, or with `dry_run` say what it would do; print metrics and path; returns the exit code."""
     config = parsed.config
     with SignalStop() as signals, _said_on_stderr():
-        from hamu.training.session import run_training
-
         if config.run.dry_run:
             return dry_run(config)
-
-        def on_start(run: TrainingRun, session: Session) -> None:
-            signals.run = run
-            print(hardness_line(config, run, session.hardness_so_far()), end="", flush=True)
-
-        row, session = run_training(config, progress=True, on_start=on_start)
-    print(json_text({**row, "model_path": str(session.model_folder)}))
+        row, model_folder = _run_in_workers(config, signals) if config.is_split else _run_here(config, signals)
+    print(json_text({**row, "model_path": str(model_folder)}))
     if row.get("message"):
         print(row["message"], file=sys.stderr)
     if signals.number is not None and row["stop_reason"] == "cancelled":
@@ -206,48 +211,77 @@ def run(parsed: Parsed) -> int:
     return 1 if row["stop_reason"] == "non_finite" else 0
 
 
+def _run_here(config: TrainConfig, signals: SignalStop) -> tuple[dict[str, Any], Path]:
+    from hamu.training.session import run_training
+
+    def on_start(run: TrainingRun, session: Session) -> None:
+        signals.run = run
+        so_far = session.hardness_so_far()
+        measured = run.measure_hardness() if so_far is None and config.is_hamu else so_far
+        print(hardness_line(config, measured, is_resumed=so_far is not None), end="", flush=True)
+
+    row, session = run_training(config, progress=True, on_start=on_start)
+    return row, session.model_folder
+
+
+def _run_in_workers(config: TrainConfig, signals: SignalStop) -> tuple[dict[str, Any], Path]:
+    from hamu.cli.split_run import StopRequest, run_split
+
+    stop = StopRequest()
+
+    def on_start(hardness: Mapping[str, float], is_resumed: bool) -> None:
+        signals.run = stop
+        print(hardness_line(config, hardness, is_resumed=is_resumed), end="", flush=True)
+
+    return run_split(config, stop=stop, on_ray=signals.install, on_start=on_start)
+
+
 def dry_run(config: TrainConfig) -> int:
-    """Load data and model, print the plan and the hardness at the first batches, and train nothing."""
+    """Load data and model, print the plan, the memory and the hardness at the first batches, and train nothing."""
     from hamu.training.loop import TrainingRun
+    from hamu.training.memory import estimate_memory
     from hamu.training.session import Session
 
+    if config.is_split:
+        from hamu.cli.split_run import check_place
+
+        check_place(config)
     session = Session(config)
     planned = TrainingRun(session.config, session.task, session.load_start())
     rows = ", ".join(f"{split} {session.task.n_rows(split)}" for split in ("retain", "forget", "test"))
-    print(f"plan\n  rows: {rows}\n  steps: {planned.total_steps}\n  model to: {session.model_folder}")
-    print(hardness_line(config, planned, session.hardness_so_far()), end="")
+    memory = estimate_memory(
+        session.task,
+        planned.model,
+        optimizer_name=config.optimizer_name,
+        size=config.run.num_workers,
+        batch_size=config.training.per_device_train_batch_size,
+        precision=config.training.precision,
+        needs_original=planned.method.needs_original,
+    )
+    processes = f"{config.run.num_workers} processes" if config.is_split else "one process"
+    print(f"plan\n  rows: {rows}\n  steps: {planned.total_steps}, in {processes}")
+    print(f"  memory: {memory.describe()}\n  model to: {session.model_folder}")
+    so_far = session.hardness_so_far()
+    measured = planned.measure_hardness() if so_far is None and config.is_hamu else so_far
+    print(hardness_line(config, measured, is_resumed=so_far is not None), end="")
     return 0
 
 
-def hardness_line(config: TrainConfig, run: TrainingRun, before: Mapping[str, float] | None = None) -> str:
-    """What decides whether a HAMU run does anything: S and the largest feasible ratio; empty for other methods.
+def hardness_line(config: TrainConfig, hardness: Mapping[str, float] | None, *, is_resumed: bool = False) -> str:
+    """What decides whether a HAMU run does anything: S and the largest feasible ratio; empty where they are not known.
 
     Args:
         config: of the run.
-        run: measured at its first batches; the random state and the model's statistics are left as they are.
-        before: what was measured at the first step of a run that is gone on with; None: this run begins.
+        hardness: at its first batches; none for a method without a constraint.
+        is_resumed: whether they were measured when the run began, before it was gone on with.
     """
-    if not config.is_hamu or (before is not None and not before):
+    if not config.is_hamu or not hardness:
         return ""
-    hardness = _measured(run) if before is None else before
-    when = "" if before is None else " at step 0"
+    when = " at step 0" if is_resumed else ""
     return (
         f"hardness{when}: S = {hardness['gradient_product']:.4g}, largest feasible constraint ratio "
         f"{hardness['max_constraint_ratio']:.4g} (asked for: {config.constraint_ratio:.4g})\n"
     )
-
-
-def _measured(run: TrainingRun) -> dict[str, float]:
-    """Hardness at the first batches, with BatchNorm's running statistics put back where they are not frozen."""
-    import torch
-
-    buffers = [(buffer, buffer.clone()) for buffer in run.model.buffers()]
-    with torch.random.fork_rng():
-        hardness = run.measure_hardness()
-    with torch.no_grad():
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
-    return hardness
 
 
 @contextlib.contextmanager
@@ -282,6 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except Cancelled as cancelled:
         return int(cancelled.code or 0)
+    except WorkersError as error:  # the traceback would be of this process, which has only waited
+        print(f"error: the run failed: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         traceback.print_exc()
         print(f"error: the run failed: {type(error).__name__}: {error}", file=sys.stderr)

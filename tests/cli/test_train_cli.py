@@ -1,6 +1,7 @@
 """The command line: every kind of line parses, published ones included; bad input is one line and exit code 2."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -156,6 +157,16 @@ def test_environment_names_rank_below_flags_and_sources_are_told():
     assert "(default)" in shown
 
 
+def test_the_address_of_a_cluster_is_read_from_the_environment_for_split_runs_alone():
+    alone = read("--unlearning_method ft", RAY_ADDRESS="elsewhere:6379")
+    assert (alone.config.run.ray_address, alone.warnings) == (None, [])
+    split = "--unlearning_method ft --gradient_pairing split-gpu --num_workers 2"
+    joined = read(split, RAY_ADDRESS="elsewhere:6379")
+    assert joined.config.run.ray_address == "elsewhere:6379"
+    assert joined.sources["ray_address"] == "environment RAY_ADDRESS"
+    assert read(f"{split} --ray_address auto", RAY_ADDRESS="elsewhere:6379").config.run.ray_address == "auto"
+
+
 def test_a_constraint_flag_outranks_the_ratio_of_the_environment():
     assert read("--unlearning_method hamu-q --hamu_constraint 1e-5", CONSTRAINT_RATIO="0.3").config.constraint == 1e-5
 
@@ -298,11 +309,26 @@ def test_measuring_hardness_leaves_the_model_as_it_is(digits_root):
     session = Session(config)
     run = TrainingRun(config, session.task, session.load_start())
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    assert hardness_line(config, run).startswith("hardness: S = ")
+    random_state = torch.get_rng_state()
+    assert hardness_line(config, run.measure_hardness()).startswith("hardness: S = ")
     assert all(torch.equal(value, before[name]) for name, value in run.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
     said = {"gradient_product": 0.5, "max_constraint_ratio": 0.25, "kappa": 0.0}
-    assert "at step 0: S = 0.5, largest feasible constraint ratio 0.25" in hardness_line(config, run, said)
-    assert hardness_line(config, run, {}) == ""
+    assert "at step 0: S = 0.5, largest feasible constraint ratio 0.25" in hardness_line(config, said, is_resumed=True)
+    assert hardness_line(config, {}) == ""
+
+
+@pytest.mark.parametrize(
+    ("pairing", "said"), [("", "in one process"), ("--gradient_pairing split-gpu --num_workers 2", "in 2 processes")]
+)
+def test_a_dry_run_tells_steps_and_memory_and_leaves_nothing(digits_root, capsys, pairing, said):
+    before = sorted(digits_root.rglob("*"))
+    line = f"--artifact_root {digits_root} --unlearning_method hamu-q --batch_size 64 --device cpu --seed 42 --dry_run {pairing}"
+    assert main(line.split()) == 0
+    out = capsys.readouterr().out
+    assert said in out
+    assert re.search(r"memory: about \d+ MiB a process \(\w+ \d+ MiB, ", out)
+    assert sorted(digits_root.rglob("*")) == before
 
 
 def test_help_lists_every_group_and_default(capsys):

@@ -1,4 +1,7 @@
-"""A Ray of this process's own, on this machine: it joins no cluster, asks for a token, and dies with the sweep."""
+"""What surrounds a Ray of this process's own: it joins no cluster, asks for a token, and leaves nothing behind.
+
+Imports no Ray: `prepare_environment` is called before anything does.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from hamu.training.ray_workers import RAY_TRAIN_SETTINGS
+
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -19,11 +24,13 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a process that was given no GPU sees none
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are ours
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails has no metrics
     "TUNE_WARN_THRESHOLD_S": "1000000",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # sweep.json and row.json are what a sweep resumes from
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MAX_PATH = 107  # of a Unix socket
 _SOCKETS = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
 
@@ -44,15 +51,20 @@ def temporary_folder() -> Path:
     return folder
 
 
-def prepare_environment(root: Path) -> None:
-    """Set what Ray reads; call it before the first `import ray`. What the user has set stays, unless it would join a cluster.
+def prepare_environment(root: Path, *, joins_cluster: bool = False) -> None:
+    """Set what Ray reads; call it before the first `import ray`. What the user has set stays, unless it would join a cluster
+    that no flag names.
 
     Workers import this repository's packages, installed or not, through PYTHONPATH.
+
+    Args:
+        root: of the repository.
+        joins_cluster: a cluster that somebody else has started asks for that one's token, if any.
     """
-    for name, value in _SETTINGS.items():
+    for name, value in (_SETTINGS | RAY_TRAIN_SETTINGS).items():
         os.environ.setdefault(name, value)
     os.environ.pop("RAY_ADDRESS", None)
-    if "RAY_AUTH_MODE" not in os.environ:
+    if not joins_cluster and "RAY_AUTH_MODE" not in os.environ:
         # A token in memory: nobody else can use this Ray, and none is written to the home folder.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -61,40 +73,25 @@ def prepare_environment(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def local_ray(*, cpus: int, gpus: int, shared_bytes: int, dashboard: bool) -> Iterator[str | None]:
-    """Start Ray, give the dashboard's address (None without one), and stop Ray.
-
-    Args:
-        cpus, gpus: what trials may take.
-        shared_bytes: size of what is put into the object store.
-        dashboard: start it, on the loopback.
-    """
-    import ray
-
+def ray_folder() -> Iterator[Path]:
+    """Give the folder for a Ray's temporary files, and remove what this process has left there; dead sessions' files too."""
     folder = temporary_folder()
     _remove_dead_sessions(folder)
-    context = ray.init(
-        address="local",
-        num_cpus=cpus,
-        num_gpus=gpus,
-        include_dashboard=dashboard,
-        dashboard_host="127.0.0.1",
-        object_store_memory=256 * 2**20 + 2 * shared_bytes,
-        log_to_driver=False,
-        configure_logging=False,
-        _temp_dir=str(folder / "ray"),  # Ray opens this one to all users, so it lies in one that is closed
-    )
     try:
-        token = os.environ.get("RAY_AUTH_TOKEN")
-        asks = f" (it asks for the token {token})" if token and os.environ.get("RAY_AUTH_MODE") == "token" else ""
-        yield f"http://{context.dashboard_url}{asks}" if context.dashboard_url else None
+        yield folder
     finally:
-        ray.shutdown()
-        _remove_own(folder)
+        for session in (*folder.glob(f"ray/session_*_{os.getpid()}"), tune_folder()):
+            shutil.rmtree(session, ignore_errors=True)
+
+
+def token_hint() -> str:
+    """What a user needs to open the dashboard, to be printed behind its address; empty where it asks for nothing."""
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    return f" (it asks for the token {token})" if token and os.environ.get("RAY_AUTH_MODE") == "token" else ""
 
 
 def tune_folder() -> Path:
-    """Where Tune keeps its own state while this process runs; nothing reads it, `local_ray` removes it."""
+    """Where Tune keeps its own state while this process runs; nothing reads it, `ray_folder` removes it."""
     return temporary_folder() / f"tune_{os.getpid()}"
 
 
@@ -111,6 +108,13 @@ def _remove_dead_sessions(folder: Path) -> None:
                 shutil.rmtree(session, ignore_errors=True)
 
 
-def _remove_own(folder: Path) -> None:
-    for session in (*folder.glob(f"ray/session_*_{os.getpid()}"), tune_folder()):
-        shutil.rmtree(session, ignore_errors=True)
+def usable_cores() -> int:
+    """Cores that this process may use: of its affinity and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    try:
+        quota, period = _CPU_QUOTA.read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return cores

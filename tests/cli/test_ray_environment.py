@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local_ray import _remove_dead_sessions, prepare_environment, temporary_folder
+from hamu.cli.ray_environment import _remove_dead_sessions, prepare_environment, temporary_folder
 
 
 @pytest.fixture
