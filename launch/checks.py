@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hamu.data.splits import draw_forget_set
 from hamu.errors import CheckpointError, ConfigError, unknown
 from hamu.training.inputs import check_inputs, is_local_path
+from launch.pairing import pairing_of
 from launch.plan import Plan, data_key
 
 if TYPE_CHECKING:
@@ -18,11 +19,14 @@ TORCHVISION = "torchvision/"
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse a plan whose model, dataset, column or class does not exist. No image is decoded, nothing is fetched.
+    """Refuse a plan whose model, dataset, column or class does not exist, or whose trials pair their gradients differently.
+
+    No image is decoded, nothing is fetched.
 
     Raises:
         HamuError: one line with the value, the rule and the mend.
     """
+    pairing_of(plan)
     seen: set[tuple[object, ...]] = set()
     for config in plan.configs.values():
         data = config.data

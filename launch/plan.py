@@ -15,6 +15,7 @@ from typing import Any
 from hamu.errors import ConfigError, HamuError
 from hamu.training.config import ALIASES, KNOWN, TrainConfig
 from hamu.training.fields import merge_known, read_value, unknown_key
+from launch.pairing import check_one_value
 from tune_spaces.space import METHOD, ORIGINAL_PREFIX, Space
 
 FORMAT = 1
@@ -24,6 +25,7 @@ _PACKAGES = ("hamu-sweeps", "ray", "torch", "transformers", "numpy", "pyarrow")
 _DECIDED = {
     "artifact_root": "--storage-path", "output_dir": "--name", "final_model_output_dir": "--name", "resume": "--resume",
     "dry_run": "--dry-run", "device": "--gpus (0 for the cores)", "debug": "no flag",
+    "ray_address": "no flag",
 }  # fmt: skip
 
 # What the original shares with the trials that start from it. Not rho: as published, every rho starts from rho 0.
@@ -119,6 +121,8 @@ def make_plan(space: Space, *, name: str, overrides: Mapping[str, tuple[Any, ...
     Raises:
         ConfigError: a trial's settings are wrong; the message names the trial where it is one of several.
     """
+    for key, values in overrides.items():
+        check_one_value(key, values)
     space = space.with_overrides(overrides)
     defaults = TrainConfig().to_flat()
     originals: dict[str, dict[str, Any]] = {}

@@ -34,6 +34,7 @@ def plan_text(plan: Plan, *, machine: Machine, slots: Slots, folder: str, finish
     rows = [header, *((trial.trial_id, *(_text(trial.config.get(key)) for key in columns)) for trial in plan.trials)]
     lines = [f"space      {plan.space}: {plan.summary}", f"results    {folder}", f"machine    {machine.describe()}"]
     lines.append(f"slots      {slots.describe()}")
+    lines += [f"warning    {slots.warning}"] if slots.warning else []
     for key, config in plan.originals.items():
         lines.append(f"original   {key}: {', '.join(f'{name} {_text(value)}' for name, value in _shown(config).items())}")
     lines += [f"set        {key} {', '.join(map(_text, values))}" for key, values in plan.overrides.items()]

@@ -4,6 +4,7 @@ sweep.json                what is to run, written before anything starts
 originals.json            hashes of the weights that the trials start from
 trials/<id>/row.json      the trial has ended; there iff it did
 trials/<id>/checkpoint.pt where an unfinished trial goes on from
+trials/<id>/attempts.json how often it was begun, and what became of that
 trials/<id>/model/        the unlearned model
 records/                  rows of steps and evaluations
 trials.parquet, summary.json, pareto.png, report.html
@@ -17,7 +18,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -81,9 +82,9 @@ class SweepFolder:
         return found
 
     def unfinished(self, plan: Plan) -> list[str]:
-        """Ids of the trials that have still to run: all but those that finished. A failed one is tried again."""
+        """Ids of the trials that have still to run: all but those that finished or were pruned. A failed one is tried again."""
         rows = self.rows()
-        return [trial.trial_id for trial in plan.trials if rows.get(trial.trial_id, {}).get("status") != "finished"]
+        return [trial.trial_id for trial in plan.trials if not has_ended(rows.get(trial.trial_id, {}))]
 
     def write_trials(self) -> list[dict[str, Any]]:
         """Refresh trials.parquet from the trials' rows, and return those, in the columns of TRIAL_SCHEMA."""
@@ -111,6 +112,14 @@ class SweepFolder:
             file.write(json.dumps(owner))
             file.flush()
             yield
+
+
+def has_ended(row: Mapping[str, Any]) -> bool:
+    """Whether a trial's row says that it need not run again.
+
+    A pruned trial has ended when its model is kept; until then its row only says that a scheduler has stopped it.
+    """
+    return row.get("status") == "finished" or (row.get("status") == "pruned" and bool(row.get("model_path")))
 
 
 @contextmanager

@@ -3,79 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import logging
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.schedulers import HyperBandScheduler, PopulationBasedTraining
+from ray.tune.stopper import CombinedStopper
 
+from hamu.cli.ray_environment import ray_folder, token_hint, tune_folder
 from hamu.data.sources import ImageData, load_image_data
 from hamu.training.config import TrainConfig
+from hamu.training.ray_workers import WorkerSettings, free_placement_groups, local_ray
 from launch.checks import check_forget_sets
+from launch.follow import MAX_FAILURES, Follow
 from launch.live import Board
-from launch.local_ray import local_ray, tune_folder
 from launch.machine import Machine, Slots
 from launch.originals import provide_originals
+from launch.pairing import Pairing, pairing_of
 from launch.plan import Plan
-from launch.results import SweepFolder, write_json
-from launch.shared import Shared, failed_row
+from launch.results import SweepFolder, has_ended
+from launch.shared import Shared
 from launch.signals import Signals
+from launch.states import drop_states
 from launch.summary import write_summary
-from launch.trainable import UnlearningTrial
+from launch.trainable import UnlearningTrial, trial_config
 from launch.words import Words
 from tune_spaces.stoppers import StoppingCriterionStopper
 
-MAX_FAILURES = 2
-"""How often a trial is started again when its process dies."""
-
-
-class Follow(tune.Callback):
-    """Tells the board and the results folder what happens to the trials."""
-
-    def __init__(self, plan: Plan, folder: SweepFolder, board: Board, signals: Signals) -> None:
-        self._plan, self._folder, self._board, self._signals = plan, folder, board, signals
-        self._trials = {trial.trial_id: trial for trial in plan.trials}
-        self._started: dict[str, float] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its callbacks, for a way to resume that is not ours
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Tune looks for news, several times a second."""
-        self._signals.check()
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A slot has taken the trial."""
-        self._started.setdefault(trial.config["trial_id"], time.time())
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
-        """The trial has trained on."""
-        self._board.update(trial.config["trial_id"], result)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial has ended and written its row."""
-        self._end(trial.config["trial_id"], "its process said nothing of how it ended")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's process has died once too often."""
-        self._end(trial.config["trial_id"], f"its process died {MAX_FAILURES + 1} times (out of memory, or killed)")
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's process has died, and Tune starts another."""
-        self._board.say(f"the process of {trial.config['trial_id']} died; the trial goes on from its checkpoint")
-
-    def _end(self, trial_id: str, otherwise: str) -> None:
-        path = self._folder.trial(trial_id) / "row.json"
-        if not path.exists():
-            times = {"started_at": self._started.get(trial_id, time.time()), "ended_at": time.time(), "train_s": 0.0}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {**failed_row(self._plan, self._trials[trial_id], otherwise), **times})
-        self._board.end(json.loads(path.read_text()))
-        self._folder.write_trials()
+_DRIVER_CPUS = 0.001
+"""What Tune's process of a split trial holds: Tune allows no less. Its workers leave as much of a core to it."""
 
 
 def run_sweep(
@@ -87,6 +50,9 @@ def run_sweep(
     words: Words,
     signals: Signals,
     dashboard: bool = False,
+    scheduler: Any = None,
+    stopper: tune.Stopper | None = None,
+    adjustable: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the trials of a plan that have not finished, and write the results; call it while holding the folder's lease.
 
@@ -97,6 +63,9 @@ def run_sweep(
         words: where progress is told.
         signals: looked at several times a second.
         dashboard: start Ray's.
+        scheduler: of Tune, to stop, pause or change trials; by the column "step". Default: every trial runs to its end.
+        stopper: of Tune, beside HAMU's criterion.
+        adjustable: settings that the scheduler may change; it begins with the plan's.
 
     Returns:
         The summary, as in summary.json.
@@ -116,11 +85,18 @@ def run_sweep(
         with contextlib.ExitStack() as session:
             with words.busy("starting Ray"):
                 cpus = max(machine.cpus, slots.count * slots.cpus_per_trial)
-                ray_of_our_own = local_ray(cpus=cpus, gpus=machine.gpus, shared_bytes=sum(sizes.values()), dashboard=dashboard)
+                ray_of_our_own = local_ray(
+                    cpus=cpus,
+                    gpus=machine.gpus,
+                    shared_bytes=sum(sizes.values()),
+                    dashboard=dashboard,
+                    folder=session.enter_context(ray_folder()),
+                )
                 address = session.enter_context(ray_of_our_own)
                 signals.install()  # Ray has taken SIGTERM
                 signals.check()
-            words.say(f"Ray started in {time.monotonic() - started:.1f} s" + (f", dashboard at {address}" if address else ""))
+            board_at = f", dashboard at {address}{token_hint()}" if address else ""
+            words.say(f"Ray started in {time.monotonic() - started:.1f} s{board_at}")
             references = {key: ray.put(item) for key, item in data.items()}
             originals = provide_originals(
                 plan, todo, references, sizes, slots=slots, machine=machine, words=words, signals=signals, pins=folder.originals
@@ -131,32 +107,78 @@ def run_sweep(
                 data=references,
                 originals=originals,
                 device="cuda" if slots.gpus_per_trial else "cpu",
-                n_threads=slots.cpus_per_trial,
+                n_threads=slots.cpus_per_worker,
+                run_id=uuid.uuid4().hex[:12],
+                workers=_worker_settings(slots, pairing_of(plan)),
             )
             with Board(plan, words.console, n_ended=len(plan.trials) - len(todo)) as board:
-                _run_trials(shared, todo, slots, Follow(plan, folder, board, signals))
+                follow = Follow(plan, folder, board, signals)
+                run_on_tune(shared, todo, slots, follow, scheduler=scheduler, stopper=stopper, adjustable=adjustable)
     return write_summary(plan, folder, slots=slots, machine=machine)
 
 
-def _run_trials(shared: Shared, todo: Sequence[str], slots: Slots, follow: Follow) -> None:
+def run_on_tune(
+    shared: Shared,
+    todo: Sequence[str],
+    slots: Slots,
+    follow: Follow,
+    *,
+    scheduler: Any = None,
+    stopper: tune.Stopper | None = None,
+    adjustable: Sequence[str] = (),
+) -> None:
+    """Run trials on the Ray that this process has joined; then complete those that were stopped while no slot had them.
+
+    Args: as of `run_sweep`.
+    """
+    folder = SweepFolder(Path(shared.folder))
+    for trial_id in todo:
+        _forget_stopped(folder, trial_id)
+    planned = {trial_id: _adjusted(shared.plan.configs[trial_id], adjustable) for trial_id in todo}
+    stoppers = CombinedStopper(StoppingCriterionStopper(), *([stopper] if stopper else []))
+    _run_trials(shared, [trial_config(*each) for each in planned.items()], slots, follow, stopper=stoppers, scheduler=scheduler)
+    if stopped := [trial_config(*each, is_stopped=True) for each in follow.to_complete().items()]:
+        _run_trials(shared, stopped, slots, follow)
+    for trial_id in todo:
+        drop_states(folder.trial(trial_id))
+
+
+def _run_trials(
+    shared: Shared,
+    configs: Sequence[Mapping[str, Any]],
+    slots: Slots,
+    follow: Follow,
+    *,
+    stopper: tune.Stopper | None = None,
+    scheduler: Any = None,
+) -> None:
     # What happens to the trials is told by `follow`; Tune's words on its own files and processes would break the table.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    trainable = tune.with_resources(
-        tune.with_parameters(UnlearningTrial, shared=shared), {"cpu": slots.cpus_per_trial, "gpu": slots.gpus_per_trial}
-    )
+    resources = {"cpu": _DRIVER_CPUS} if shared.workers else {"cpu": slots.cpus_per_trial, "gpu": slots.gpus_per_trial}
+    is_pausing = isinstance(scheduler, (HyperBandScheduler, PopulationBasedTraining))
+    if is_pausing:
+        # It has to know all its trials, so Tune must not be told how many may run. A share of Ray's count of memory, which
+        # nothing else here asks for, keeps the others waiting.
+        resources["memory"] = _memory_share(slots)
+    of_trial = {config["trial_id"]: config for config in configs}
+    names = dict.fromkeys(name for config in configs for name in config if name != "trial_id")
     tuner = tune.Tuner(
-        trainable,
-        param_space={"trial_id": tune.grid_search(list(todo))},
+        tune.with_resources(tune.with_parameters(UnlearningTrial, shared=shared), resources),
+        param_space={
+            "trial_id": tune.grid_search(list(of_trial)),
+            **{name: tune.sample_from(functools.partial(_setting_of, of_trial, name)) for name in names},
+        },
         tune_config=tune.TuneConfig(
             reuse_actors=True,
-            max_concurrent_trials=slots.count,
+            max_concurrent_trials=None if is_pausing else slots.count,
             trial_name_creator=_name_of,
             trial_dirname_creator=_name_of,
+            scheduler=scheduler,
         ),
         run_config=tune.RunConfig(
-            name="trials",
+            name=f"trials-{uuid.uuid4().hex[:8]}",
             storage_path=str(tune_folder()),
-            stop=StoppingCriterionStopper(),
+            stop=stopper,
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             callbacks=[follow],
@@ -164,6 +186,43 @@ def _run_trials(shared: Shared, todo: Sequence[str], slots: Slots, follow: Follo
         ),
     )
     tuner.fit()
+    if shared.workers:
+        free_placement_groups()
+
+
+def _worker_settings(slots: Slots, pairing: Pairing) -> WorkerSettings | None:
+    if not pairing.is_split:
+        return None
+    timeout = {} if pairing.timeout_s is None else {"timeout_s": pairing.timeout_s}
+    return WorkerSettings(
+        n_workers=pairing.n_workers,
+        cpus_per_worker=slots.cpus_per_worker - 10 * _DRIVER_CPUS,
+        gpus_per_worker=slots.gpus_per_worker,
+        backend=slots.backend,
+        n_threads=slots.cpus_per_worker,
+        **timeout,
+    )
+
+
+def _memory_share(slots: Slots) -> int:
+    nodes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
+    return min(sum(nodes) // slots.count, min(filter(None, nodes)))
+
+
+def _adjusted(config: TrainConfig, names: Sequence[str]) -> dict[str, Any]:
+    flat = config.to_flat() | {"learning_rate": config.lr, "constraint_ratio": config.constraint_ratio}
+    return {name: flat[name] for name in names}
+
+
+def _forget_stopped(folder: SweepFolder, trial_id: str) -> None:
+    """Remove the row of a trial that a scheduler stopped and nobody completed: it is run again."""
+    row = folder.rows().get(trial_id, {})
+    if row.get("status") == "pruned" and not has_ended(row):
+        (folder.trial(trial_id) / "row.json").unlink()
+
+
+def _setting_of(of_trial: Mapping[str, Mapping[str, Any]], name: str, spec: Any) -> Any:
+    return of_trial[spec.config.trial_id].get(name)
 
 
 def _name_of(trial: Any) -> str:

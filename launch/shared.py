@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from hamu.training.config import TrainConfig
+from hamu.training.ray_workers import WorkerSettings
 from hamu.training.record_columns import identity_of
 from launch.plan import Plan, PlannedTrial
 
@@ -29,7 +31,10 @@ class Original:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """What every slot of a sweep is given. `data` and `originals` hold whatever the slot's `fetch` turns into the object."""
+    """What every slot of a sweep is given. `data` and `originals` hold whatever the slot's `fetch` turns into the object.
+
+    run_id: of this run of the sweep. workers: the processes of a slot; None: one, in which Tune runs the trial.
+    """
 
     plan: Plan
     folder: str
@@ -37,15 +42,17 @@ class Shared:
     originals: Mapping[str, Any]
     device: str = "cpu"
     n_threads: int = 1
+    run_id: str = ""
+    workers: WorkerSettings | None = None
 
 
-def identity(plan: Plan, trial: PlannedTrial) -> dict[str, Any]:
-    """The columns that say which trial a row is of, but for the hash of its forget set."""
+def identity(plan: Plan, trial: PlannedTrial, config: TrainConfig | None = None) -> dict[str, Any]:
+    """The columns that say which trial a row is of, but for the hash of its forget set. config: default: as planned."""
     own = {"trial_id": trial.trial_id, "sweep": plan.name, "task": plan.task}
-    return own | identity_of(plan.configs[trial.trial_id])
+    return own | identity_of(config or plan.configs[trial.trial_id])
 
 
-def failed_row(plan: Plan, trial: PlannedTrial, error: str) -> dict[str, Any]:
+def failed_row(plan: Plan, trial: PlannedTrial, error: str, config: TrainConfig | None = None) -> dict[str, Any]:
     """The row of a trial that could not be run to its end; its times are the caller's to add."""
     settings = json.dumps(dict(trial.config))
-    return {**identity(plan, trial), "status": "failed", "error": error[:2000], "config": settings}
+    return {**identity(plan, trial, config), "status": "failed", "error": error[:2000], "config": settings}

@@ -1,11 +1,14 @@
-"""A trial slot: what stays in a process while trial after trial runs in it. Knows nothing of Ray.
+"""A trial slot: runs trial after trial in a process, or in the processes of a group. Knows nothing of Ray.
 
     slot = Slot(shared, fetch)          # once a process
     slot.begin(trial_id)                # swaps in the trial's forget set and the original's weights
     while not (metrics := slot.advance())["ended"]:
         ...
 
-A trial's row.json is written here, when its model is saved: from then on the trial has ended, whatever becomes of the process.
+In a group every process makes its slot and calls it alike (lockstep); the first one holds the trial's lock, records, and writes
+its row and its model. The row is written when the model is saved: from then on the trial has ended, whatever becomes of the
+process. An exception that every process can be told of ends the trial as failed; one that it cannot be told of (in the middle of
+a step of a group, or of the device, which leaves the process unfit) is noted and raised, and the trial tried again in new ones.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,68 +23,111 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from hamu.data.sources import ImageData
 from hamu.errors import CheckpointError
 from hamu.methods.catalog import find_method
-from hamu.tasks.vision import VisionTask, task_for
 from hamu.training.artifacts import make_record, start_model_of
-from hamu.training.config import TrainConfig
+from hamu.training.groups import Group, is_partner_gone
 from hamu.training.loop import TrainingRun
+from hamu.training.memory import is_device_error, keep_freed_memory, peak_memory, reset_peak_memory
 from hamu.training.original import save_model
 from hamu.training.records import Recorder
-from launch.plan import PlannedTrial, data_key
-from launch.results import SweepFolder, trial_lock, write_json
-from launch.shared import Original, Shared, failed_row, identity
+from hamu.training.stop import StopReason
+from launch.attempts import UNSAID, Attempts
+from launch.plan import PlannedTrial
+from launch.results import SweepFolder, has_ended, trial_lock, write_json
+from launch.shared import Shared, failed_row, identity
+from launch.states import STATE, drop_foreign_state, metrics_of, take_state, write_origin
+from launch.trial_row import memory_words, numbers, plain_metrics, read_row, said
+from launch.warm import WarmParts
 
 REPORT_EVERY_S = 1.5
-_MAX_TASKS = 4
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+_GO, _GO_FOREIGN, _OVER, _ERROR = range(4)  # what the first process has found when a trial begins
 
 
 class Slot:
-    """Runs one trial at a time and keeps what the next one can use: the images on the device, and the models."""
+    """Runs one trial at a time, and keeps what the next one can use.
 
-    def __init__(self, shared: Shared, fetch: Callable[[Any], Any]) -> None:
+    Args:
+        shared: what the sweep shares.
+        fetch: turns an entry of `shared.data` and `shared.originals` into the object.
+        group: processes of a trial; default: this one alone.
+        device: where tensors live; default: the group's, or what `shared` says.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        fetch: Callable[[Any], Any],
+        group: Group | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
         torch.set_num_threads(shared.n_threads)
-        self._shared, self._fetch = shared, fetch
+        keep_freed_memory()
+        self._shared, self._group = shared, group or Group.alone(device or shared.device)
+        self._device = self._group.device
+        self._is_first = self._group.is_first
         self._folder = SweepFolder(Path(shared.folder))
         self._trials = {trial.trial_id: trial for trial in shared.plan.trials}
-        self._tasks: dict[tuple[Any, ...], VisionTask] = {}
-        self._models: dict[str, nn.Module] = {}
-        self._frozen: dict[str, nn.Module] = {}
+        self._warm = WarmParts(shared, fetch, device=self._device, size=self._group.size)
         self._held = contextlib.ExitStack()
+        self._attempts: Attempts | None = None
+        self._run: TrainingRun | None = None
+        self._recorder: Recorder | None = None
+        self._reports: Iterator[dict[str, Any]] = iter(())
         self._metrics: dict[str, Any] = {"ended": True}
-        self.is_broken = False
-        """Whether a device error has left this process unfit for more trials."""
 
-    def begin(self, trial_id: str, *, started_at: float | None = None) -> None:
-        """Set a trial up. Does not raise: what goes wrong here ends the trial at its first `advance`.
+    def begin(
+        self,
+        trial_id: str,
+        overrides: Mapping[str, Any] | None = None,
+        load_from: str | None = None,
+        started_at: float | None = None,
+    ) -> dict[str, Any]:
+        """Set a trial up. What goes wrong here ends the trial; only what leaves the process unfit for another one is raised.
 
         Args:
             trial_id: a trial of the plan.
+            overrides: settings in place of the plan's, such as a scheduler has chosen.
+            load_from: a folder that `save` has filled, for this trial or another: go on from there. Default: from the trial's
+                own checkpoint, if it has one.
             started_at: when it was asked for, unix seconds; default: now.
+
+        Returns:
+            As `advance`.
         """
         self.close()
         self._started_at = time.time() if started_at is None else started_at
         self._setup_s: float | None = None
+        self._estimate: int | None = None
+        self._said_before: dict[str, Any] = {}
         self._trial: PlannedTrial = self._trials[trial_id]
-        self._row_path = self._folder.trial(trial_id) / "row.json"
+        self._overrides, self._config = dict(overrides or {}), self._shared.plan.configs[trial_id]
+        self._trial_folder = self._folder.trial(trial_id)
+        self._row_path = self._trial_folder / "row.json"
         self._metrics = {"ended": False}
-        self._run: TrainingRun | None = None
-        _reset_peak_memory()
+        reset_peak_memory(self._device)
+        found = _GO
+        error: Exception | None = None
+        row: dict[str, Any] = {}
         try:
-            self._held.enter_context(trial_lock(self._folder.trial(trial_id)))
-            row = _read_row(self._row_path)
-            if row.get("status") == "finished":  # written by a process that died before it could say so
-                self._end(row)
-                return
-            self._row_path.unlink(missing_ok=True)
-            self._set_up()
-        except Exception as error:
-            self._fail(error)
+            if self._overrides:
+                self._config = self._config.replace(**self._overrides)
+            if self._is_first:
+                found, row = self._open(load_from)
+        except Exception as caught:
+            error = caught
+        found = self._agreed(found, error)
+        if found == _OVER:
+            self._end(row)
+        elif found != _ERROR:
+            try:
+                self._set_up(is_foreign=found == _GO_FOREIGN)
+            except Exception as caught:
+                error = caught
+            self._agreed(found, error)
+        return dict(self._metrics)
 
     def advance(self, budget_s: float = REPORT_EVERY_S) -> dict[str, Any]:
         """Train until the next evaluation, for `budget_s` seconds at most (or one step), or to the trial's end.
@@ -90,159 +135,215 @@ class Slot:
         Returns:
             Numbers of the trial so far; `ended`: whether it is over, and then `stop_reason` and `status`.
         """
-        if self._metrics["ended"]:
-            return dict(self._metrics)
-        deadline = time.monotonic() + budget_s
-        try:
-            for report in self._reports:
-                # Why a run ends is told when its row is written: whoever stops the trial on it must not cut that off.
-                self._metrics |= {key: value for key, value in report.items() if _is_number(value)}
-                if report["kind"] == "evaluation" or time.monotonic() > deadline:
-                    return dict(self._metrics)
-            self._finish()
-        except Exception as error:
-            self._fail(error)
+        if not self._metrics["ended"]:
+            self._guarded(lambda: self._advance(time.monotonic() + budget_s))
+        return dict(self._metrics)
+
+    def prune(self) -> dict[str, Any]:
+        """End the trial here for good: it is evaluated, and its model, records and row are kept. Returns as `advance`."""
+        if not self._metrics["ended"]:
+            self._guarded(self._prune)
+        return dict(self._metrics)
+
+    def leave(self) -> dict[str, Any]:
+        """Leave the trial at hand. One that has been stopped meanwhile (the sweep has written it down as pruned) is pruned."""
+        if not self._metrics["ended"]:
+            is_stopped = self._is_first and read_row(self._row_path).get("status") == "pruned"
+            # Without a step behind it there is no model but the original's to keep: the sweep's own words stand.
+            if self._group.first(is_stopped) and self._has_stepped():
+                return self.prune()
+            if self._recorder is not None:
+                self._recorder.flush()
+        self.close()
+        return {"ended": True}
+
+    def _has_stepped(self) -> bool:
+        assert self._run is not None
+        self._run.take_up()
+        return self._run.step > 0
+
+    def save(self, folder: str) -> dict[str, Any]:
+        """Write the trial's state into a folder that all processes see, for `begin(load_from=...)`."""
+        if self._run is not None and not self._metrics["ended"]:
+            self._guarded(lambda: self._save(Path(folder)))
         return dict(self._metrics)
 
     def close(self) -> None:
-        """Leave the trial at hand, ended or not."""
-        self._reports: Iterator[dict[str, Any]] = iter(())
+        """Leave the trial at hand, ended or not, as it is."""
+        if self._attempts is not None:
+            self._attempts.close()
+        self._attempts = self._recorder = self._run = None
+        self._reports = iter(())
+        self._metrics = self._metrics | {"ended": True}
         self._held.close()
 
-    def _set_up(self) -> None:
-        self._config = self._shared.plan.configs[self._trial.trial_id]
-        self._task, self._data = self._task_of(self._config)
-        run = self._new_run()
-        self._run = run
-        self._reports = iter(run)
-        self._metrics |= {"total_steps": run.total_steps, "step": 0}
-        self._setup_s = time.time() - self._started_at
+    def _open(self, load_from: str | None) -> tuple[int, dict[str, Any]]:
+        """Take the trial for this process group: its lock, an attempt, and the state that it goes on from."""
+        folder, recipe = self._trial_folder, self._config.recipe_hash()
+        self._held.enter_context(trial_lock(folder))
+        row = read_row(self._row_path)
+        if has_ended(row):  # written by a process that died before it could say so
+            return _OVER, row
+        if row.get("status") == "failed":
+            self._row_path.unlink()
+        attempts = Attempts(folder, self._shared.run_id)
+        if (died_of := attempts.open()) is not None:
+            self._fail(died_of)
+            return _OVER, dict(self._metrics)
+        self._attempts = attempts
+        if load_from is None:
+            drop_foreign_state(folder, recipe=recipe)
+            return _GO, {}
+        self._said_before = metrics_of(Path(load_from))
+        is_foreign = take_state(Path(load_from), folder, trial_id=self._trial.trial_id, recipe=recipe)
+        return _GO_FOREIGN if is_foreign else _GO, {}
 
-    def _new_run(self) -> TrainingRun:
-        folder = self._folder.trial(self._trial.trial_id)
-        # One model for all trials from one original: each begins with the original's weights copied in.
-        model = self._load(self._models)
-        recorder = Recorder(self._folder.records, self._identity())
-        return TrainingRun(
-            self._config,
+    def _set_up(self, *, is_foreign: bool) -> None:
+        config, trial = self._config, self._trial
+        self._task, self._data = self._warm.task(trial, config)
+        model = self._warm.model(trial, self._task)
+        self._estimate = self._warm.estimate(trial, self._task, config, model).total
+        if self._is_first:
+            self._recorder = Recorder(self._folder.records, self._identity())
+        self._run = TrainingRun(
+            config,
             self._task,
             model,
-            original=self._load(self._frozen) if find_method(self._config.method_name).needs_original else None,
-            recorder=recorder,
-            checkpoint_path=folder / "checkpoint.pt",
+            original=self._warm.frozen(trial, self._task) if find_method(config.method_name).needs_original else None,
+            recorder=self._recorder,
+            checkpoint_path=self._trial_folder / "checkpoint.pt",
+            group=self._group,
+            adopt_checkpoint=is_foreign,
         )
+        self._reports = iter(self._run)
+        self._metrics |= {"step": 0, **self._said_before, "total_steps": self._run.total_steps}
+        self._setup_s = time.time() - self._started_at
 
-    @property
-    def _start_folder(self) -> Path:
-        original: Original = self._fetch(self._shared.originals[self._trial.original])
-        path = Path(original.path)
-        if not path.is_dir():
-            raise CheckpointError(
-                f"no model folder {original.path!r}; trials need the original: resume the sweep to train it anew"
-            )
-        return path
+    def _agreed(self, found: int, error: Exception | None) -> int:
+        """Tell all processes what the first one has found; an error of any of them ends the trial in all."""
+        if error is not None and is_device_error(error):
+            self._raise_noted(error)
+        mine = torch.tensor([found, error is not None], dtype=torch.float64, device=self._device)
+        codes = self._group.gather_numbers(mine).cpu()
+        if not codes[:, 1].any():
+            return int(codes[0, 0])
+        texts = self._group.gather_texts("" if error is None else said(error))
+        trace = "".join(traceback.format_exception(error)) if error is not None else "\n".join(filter(None, texts))
+        self._fail(next(filter(None, texts)), trace)
+        return _ERROR
 
-    def _load(self, models: dict[str, nn.Module]) -> nn.Module:
-        key = self._trial.original
-        original: Original = self._fetch(self._shared.originals[key])
-        if key not in models:
-            models[key] = self._task.load_model(Path(original.path))
-        model = models[key]
-        # torch.tensor copies: the arrays are shared by all slots, and torch would write into them.
-        model.load_state_dict({name: torch.tensor(array) for name, array in original.arrays.items()})
-        for param in model.parameters():
-            param.requires_grad_(models is self._models)
-            param.grad = None
-        return model
+    def _advance(self, deadline: float) -> None:
+        assert self._run is not None
+        self._run.pause_at(deadline)
+        for report in self._reports:
+            self._metrics |= self._run.metrics | numbers(report)
+            if report.get("stop_reason"):
+                continue  # told when its row is written: whoever stops the trial on it must not cut that off
+            # A state saved between a step and its evaluation would lack the latter.
+            if report["kind"] == "evaluation" or (self._run.is_pause_due and not self._is_evaluation_due(report["step"])):
+                return
+        self._finish()
 
-    def _task_of(self, config: TrainConfig) -> tuple[VisionTask, ImageData]:
-        data: ImageData = self._fetch(self._shared.data[data_key(config)])
-        drawn = config.data
-        key = (
-            data_key(config), config.run.model_name, config.run.img_size, drawn.forget_class, drawn.hard_probability,
-            config.run.seed, drawn.split_ratio, drawn.k_pct, self._trial.original,
-        )  # fmt: skip
-        if key not in self._tasks:
-            while len(self._tasks) >= _MAX_TASKS:
-                self._tasks.pop(next(iter(self._tasks)))
-            self._tasks[key] = task_for(config, data, device=self._shared.device, start=self._start_folder)
-        return self._tasks[key], data
+    def _is_evaluation_due(self, step: int) -> bool:
+        assert self._run is not None
+        every = self._config.logging.every("eval", self._run.plan.steps_per_epoch)
+        return every is not None and step % every == 0
 
-    def _identity(self) -> dict[str, Any]:
-        return {**identity(self._shared.plan, self._trial), "split_sha256": self._task.forget_set.sha256}
+    def _prune(self) -> None:
+        assert self._run is not None
+        self._run.take_up()
+        self._run.save()  # should this process not be given the time, another one completes the trial from here
+        self._run.request_stop(StopReason.PRUNED)
+        for _ in self._reports:
+            pass
+        self._finish()
+
+    def _save(self, folder: Path) -> None:
+        assert self._run is not None
+        self._run.take_up()  # a process that has just taken the place of a dead one saves what that one had saved
+        self._run.save(folder / STATE)
+        if self._is_first:
+            metrics = {key: value for key, value in numbers(self._metrics).items() if key != "ended"}
+            write_origin(folder, trial_id=self._trial.trial_id, recipe=self._config.recipe_hash(), metrics=metrics)
 
     def _finish(self) -> None:
         run = self._run
         assert run is not None and run.result is not None, "the run's iterator ended without a result"
+        peaks = self._group.gather_numbers(torch.tensor([peak_memory(self._device)], dtype=torch.int64, device=self._device))
         result = run.result.row()
-        folder = self._folder.trial(self._trial.trial_id)
-        record = make_record(
-            self._config,
-            data_sha256=self._data.sha256,
-            split_sha256=self._task.forget_set.sha256,
-            result=result,
-            start_model=start_model_of(self._start_folder),
-        )
-        save_model(self._task, run.model, folder / "model", record)
-        row = {**self._identity(), "status": "finished", "error": None, **result, "model_path": str(folder / "model")}
-        row["n_classes"] = self._task.n_classes
-        self._write_row(row)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        if self._is_first:
+            record = make_record(
+                self._config,
+                data_sha256=self._data.sha256,
+                split_sha256=self._task.forget_set.sha256,
+                result=result,
+                start_model=start_model_of(self._warm.start_folder(self._trial)),
+            )
+            path = self._trial_folder / "model"
+            save_model(self._task, run.model, path, record)
+            status = "pruned" if run.result.stop_reason is StopReason.PRUNED else "finished"
+            row = {**self._identity(), "status": status, "error": None, **result, "model_path": str(path)}
+            self._write_row(row | {"n_classes": self._task.n_classes, "peak_bytes_per_rank": peaks.flatten().tolist()})
+            (self._trial_folder / "checkpoint.pt").unlink(missing_ok=True)
+        else:
+            self._end(result)
 
-    def _fail(self, error: Exception) -> None:
-        self.is_broken = isinstance(error, torch.AcceleratorError)
-        folder = self._folder.trial(self._trial.trial_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(traceback.format_exc())
-        if isinstance(error, CheckpointError):  # tried again, it would fail the same way
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
-        text = " ".join(str(error).split()) or "no message"
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            if isinstance(error, CheckpointError) and self._is_first:  # tried again, it would fail the same way
+                (self._trial_folder / "checkpoint.pt").unlink(missing_ok=True)
+            if self._group.size > 1 or is_device_error(error):
+                self._raise_noted(error)
+            self._fail(said(error), traceback.format_exc())
+
+    def _raise_noted(self, error: Exception) -> None:
+        """Raise what this process may not survive, with a note for whoever begins the trial next."""
+        text = UNSAID if is_partner_gone(error) else said(error)
+        if is_device_error(error):
+            text += f" ({memory_words(peak=peak_memory(self._device), estimate=self._estimate)})"
+        if Attempts(self._trial_folder, self._shared.run_id).note(text):
+            (self._trial_folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+        self._attempts = None  # it stays open: nothing of this process is to be relied on
+        self._held.close()
+        raise error
+
+    def _fail(self, text: str, trace: str | None = None) -> None:
         row = {
-            **failed_row(self._shared.plan, self._trial, f"{type(error).__name__}: {text}"),
+            **failed_row(self._shared.plan, self._trial, text, self._config),
             "train_s": self._run.train_s if self._run is not None else 0.0,
             "steps": self._run.step if self._run is not None else 0,
         }
-        self._write_row(row)
+        if self._is_first:
+            self._trial_folder.mkdir(parents=True, exist_ok=True)
+            if trace is not None:
+                (self._trial_folder / "error.txt").write_text(trace)
+            self._write_row(row)
+        else:
+            self._end(row)
+
+    def _identity(self) -> dict[str, Any]:
+        split = {"split_sha256": self._task.forget_set.sha256}
+        return {**identity(self._shared.plan, self._trial, self._config), **split}
 
     def _write_row(self, row: dict[str, Any]) -> None:
+        peaks = row.get("peak_bytes_per_rank") or [peak_memory(self._device)]
         row = row | {
             "started_at": self._started_at,
             "ended_at": time.time(),
             "setup_s": time.time() - self._started_at if self._setup_s is None else self._setup_s,
-            "peak_rss_bytes": _peak_memory(),
-            "config": json.dumps(dict(self._trial.config)),
+            "attempts": Attempts(self._trial_folder, self._shared.run_id).count,
+            "memory_estimate_bytes": self._estimate,
+            "peak_rss_bytes": max(peaks),
+            "peak_bytes_per_rank": peaks,
+            "config": json.dumps({**self._trial.config, **self._overrides}),
             "slot": os.getpid(),
         }
         write_json(self._row_path, row)
         self._end(row)
 
     def _end(self, row: Mapping[str, Any]) -> None:
-        said = {key: value for key, value in row.items() if isinstance(value, (bool, int, float, str)) and key != "config"}
-        self._metrics = {**self._metrics, **said, "ended": True, "stop_reason": row.get("stop_reason") or "failed"}
+        ended = {"ended": True, "stop_reason": row.get("stop_reason") or "failed"}
+        self._metrics = {**self._metrics, **plain_metrics(row), **ended}
         self.close()
-
-
-def _read_row(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (bool, int, float))
-
-
-def _reset_peak_memory() -> None:
-    with contextlib.suppress(OSError):
-        _CLEAR_REFS.write_text("5")  # Linux: the peak counts from here, so each trial has its own
-
-
-def _peak_memory() -> int:
-    try:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

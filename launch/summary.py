@@ -46,7 +46,9 @@ def summary_text(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], 
         f"Pareto front: {len(summary['pareto'])} of {trials['total']} trials (* the setting to use)",
         front_text(rows),
         "",
-        f"{trials['finished']} finished ({trials['early_stopped']} of them early), {trials['failed']} failed; "
+        f"{trials['finished']} finished ({trials['early_stopped']} of them early), "
+        + (f"{trials['pruned']} pruned, " if trials["pruned"] else "")
+        + f"{trials['failed']} failed; "
         f"{summary['infeasible']} stopped infeasible, {summary['infeasible_at_start']} of them without a step",
     ]
     if summary["gradient_product"] is not None:

@@ -32,9 +32,10 @@ from hamu.cli.environment import read_environment  # noqa: E402
 from hamu.errors import ConfigError, HamuError  # noqa: E402
 from launch.checks import check_plan  # noqa: E402
 from launch.machine import Machine, Slots, choose_slots, this_machine  # noqa: E402
+from launch.pairing import pairing_of  # noqa: E402
 from launch.plan import Plan, make_plan, read_overrides, said_once  # noqa: E402
 from launch.plan_text import plan_text, spaces_text  # noqa: E402
-from launch.results import SweepFolder, check_free, find_sweep  # noqa: E402
+from launch.results import SweepFolder, check_free, find_sweep, has_ended  # noqa: E402
 from launch.signals import Interrupted, Signals  # noqa: E402
 from tune_spaces.space import find_space, list_spaces, load_space  # noqa: E402
 
@@ -106,7 +107,8 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, SweepFolder]:
     """
     environment = read_environment(os.environ)
     root = Path(args.storage_path or environment.settings.pop("artifact_root", None) or "artifacts").expanduser()
-    environment.settings.pop("artifact_root", None)
+    for name in ("artifact_root", "ray_address"):
+        environment.settings.pop(name, None)
     if args.resume is not None:
         folder = find_sweep(root, args.resume)
         plan = folder.read_plan(root)
@@ -133,7 +135,7 @@ def run(plan: Plan, folder: SweepFolder, *, slots: Slots, machine: Machine, is_n
     """Run a checked plan; returns the exit code."""
     from rich.console import Console
 
-    from launch.local_ray import prepare_environment
+    from hamu.cli.ray_environment import prepare_environment
     from launch.words import Words
 
     words, signals = Words(Console(file=sys.stdout)), Signals()
@@ -146,7 +148,7 @@ def run(plan: Plan, folder: SweepFolder, *, slots: Slots, machine: Machine, is_n
         words.say(
             f"sweep {plan.name}: {plan.space}, {left} of {len(plan.trials)} trials to run, {slots.describe()}; {folder.path}"
         )
-        for line in said_once(plan):
+        for line in (*said_once(plan), *([slots.warning] if slots.warning else [])):
             print(f"warning: {line}", file=sys.stderr)
         try:
             with signals.taken():
@@ -159,7 +161,7 @@ def run(plan: Plan, folder: SweepFolder, *, slots: Slots, machine: Machine, is_n
             raise
         except Interrupted as interrupted:
             rows = folder.write_trials()
-            finished = sum(row["status"] == "finished" for row in rows)
+            finished = sum(map(has_ended, rows))
             print(
                 f"stopped by {signal.Signals(interrupted.number).name}: {finished} of {len(plan.trials)} trials finished "
                 f"and kept; go on with: {_resume_command(plan)}",
@@ -195,7 +197,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan, folder = prepare(args)
         machine = this_machine(os.environ)
         left = folder.unfinished(plan)
-        slots = choose_slots(machine, n_trials=len(plan.trials), max_concurrent=args.max_concurrent, gpus=args.gpus)
+        slots = choose_slots(
+            machine,
+            n_trials=len(plan.trials),
+            max_concurrent=args.max_concurrent,
+            gpus=args.gpus,
+            pairing=pairing_of(plan),
+        )
         if args.dry_run:
             finished = len(plan.trials) - len(left)
             print(plan_text(plan, machine=machine, slots=slots, folder=str(folder.path), finished=finished))

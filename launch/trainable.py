@@ -1,37 +1,88 @@
-"""A trial slot as Ray Tune sees it."""
+"""A trial slot as Ray Tune sees it: the trial runs in Tune's own process, or in workers that the process holds."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
 import os
 import time
-from typing import Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 
+from hamu.training.ray_workers import Workers, WorkersError
 from hamu.training.stop import StopReason
+from launch.results import SweepFolder
 from launch.shared import Shared
+from launch.states import next_folder
+
+if TYPE_CHECKING:
+    from hamu.training.groups import Group
+    from launch.slot import Slot
+
+POINTER = "state.json"
+"""In a checkpoint of Tune's: where the trial's state is. Tune's own folders are of one node, a worker may run on another."""
+
+_TRIAL_ID, _STATE = "trial_id", "state"
+
+
+def trial_config(trial_id: str, settings: Mapping[str, Any], *, is_stopped: bool = False) -> dict[str, Any]:
+    """A trial's configuration as Tune has it.
+
+    settings: in the place of the plan's; of a stopped trial, which is only completed, `state` too: a folder, or "" for the
+    trial's own checkpoint.
+    """
+    assert is_stopped == (_STATE in settings), "a state is for a trial that was stopped"
+    return {_TRIAL_ID: trial_id, **settings}
+
+
+def overrides_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a configuration of Tune's that take the place of the plan's."""
+    return {key: value for key, value in config.items() if key not in (_TRIAL_ID, _STATE) and value is not None}
+
+
+def state_of(checkpoint: str | Path) -> str:
+    """The folder of the state that a checkpoint of Tune's points to."""
+    return json.loads((Path(checkpoint) / POINTER).read_text())["state"]
+
+
+def make_slot(shared: Shared, group: Group | None = None) -> Slot:
+    """The slot of one worker of a group, or of a process that trains alone."""
+    from launch.slot import Slot
+
+    return Slot(shared, ray.get, group)
 
 
 class UnlearningTrial(tune.Trainable):
-    """One trial after another in one process (`reuse_actors`): Tune says which, the slot runs it."""
+    """One trial after another in one process (`reuse_actors`): Tune says which, the slot runs it.
+
+    The configuration holds the trial's id, and settings that a scheduler has put in the place of the plan's. After a scheduler
+    has copied another trial's configuration the id is that trial's, so the trial is known by its name.
+    """
 
     def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
-        """Start the process's slot with its first trial; `shared` comes through `tune.with_parameters`."""
-        started = time.time()
+        """Start the process's slot; `shared` comes through `tune.with_parameters`."""
         assert shared is not None, "a trial needs what its sweep shares"
-        from launch.slot import Slot  # torch comes in here, and counts as the first trial's set-up
-
-        self._has_told_end = False
-        self._slot = Slot(shared, ray.get)
-        self._slot.begin(config["trial_id"], started_at=started)
+        self._folder = SweepFolder(Path(shared.folder))
+        self._workers: Workers | None = None
+        self._load_from: str | None = None
+        self._has_begun = self._has_told_end = False
+        self._expect(config, time.time())
+        if shared.workers is None:
+            self._slot = make_slot(shared)  # torch comes in here, and counts as the first trial's set-up
+        else:
+            name = f"slot-{os.getpid()}"
+            make = functools.partial(make_slot, shared)
+            self._workers = Workers(make, shared.workers, folder=Path(self.logdir).parent / "workers", name=name)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial."""
-        if self._slot.is_broken:
-            os._exit(1)  # a device error poisons the process: Tune starts the trial in a new one
-        self._has_told_end = False
-        self._slot.begin(new_config["trial_id"])
+        """Take the next trial; the one at hand is left, and pruned if it was stopped."""
+        self._leave()
+        self._expect(new_config, time.time())
         return True
 
     def step(self) -> dict[str, Any]:
@@ -40,18 +91,64 @@ class UnlearningTrial(tune.Trainable):
         A trial that ended by HAMU's stopping criterion is ended by `StoppingCriterionStopper`, any other by `done`;
         asked once more, it is done too.
         """
-        metrics = self._slot.advance()
+        metrics = self._begin()
+        if not metrics.get("ended"):
+            metrics = self._ask("prune" if self._is_stopped else "advance")
+        # Workers that took up a trial again have no evaluation to tell of yet; a scheduler goes by the last one.
+        self._said |= metrics
+        metrics = dict(self._said)
         if metrics.pop("ended"):
             metrics["done"] = self._has_told_end or metrics["stop_reason"] != StopReason.CRITERION.value
             self._has_told_end = True
         return metrics
 
     def cleanup(self) -> None:
-        """Leave the trial at hand."""
-        self._slot.close()
+        """Leave the trial at hand, and let the workers go."""
+        with contextlib.suppress(WorkersError):
+            self._leave()
+        if self._workers is not None:
+            self._workers.close()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: a trial keeps its own checkpoint in its folder."""
+        """Save the trial's state, for a pause of it or for another trial to go on from."""
+        self._begin()
+        folder = next_folder(self._folder.trial(self.trial_name))
+        self._ask("save", folder=str(folder))
+        (Path(checkpoint_dir) / POINTER).write_text(json.dumps({"state": str(folder)}))
 
-    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Nothing: a trial goes on from the checkpoint in its folder."""
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Go on from a saved state, of this trial or of another."""
+        self._load_from = state_of(checkpoint)
+        self._has_begun = False  # Tune restores a trial before its first step
+
+    def _expect(self, config: dict[str, Any], asked_at: float) -> None:
+        """Note the trial to begin at the next step: by then Tune has said which state it goes on from."""
+        self._overrides = overrides_of(config)
+        self._is_stopped = _STATE in config
+        self._load_from = config.get(_STATE) or None
+        self._asked_at = asked_at
+        self._said: dict[str, Any] = {}
+        self._has_begun = self._has_told_end = False
+
+    def _begin(self) -> dict[str, Any]:
+        if self._has_begun:
+            return {}
+        metrics = self._ask(
+            "begin",
+            trial_id=self.trial_name,
+            overrides=self._overrides,
+            load_from=self._load_from,
+            started_at=self._asked_at,
+        )
+        self._has_begun = True
+        return metrics
+
+    def _leave(self) -> None:
+        if self._has_begun:
+            self._ask("leave")
+            self._has_begun = False
+
+    def _ask(self, method: str, **arguments: Any) -> dict[str, Any]:
+        if self._workers is not None:
+            return self._workers.ask(method, **arguments)
+        return getattr(self._slot, method)(**arguments)

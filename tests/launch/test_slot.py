@@ -11,100 +11,34 @@ import numpy as np
 import pytest
 import torch
 
-from hamu.data.sources import ImageData, load_image_data
+from hamu.data.sources import ImageData
 from hamu.tasks.vision import task_for
 from hamu.training.config import TrainConfig
+from hamu.training.engine import PairedEngine
 from hamu.training.loop import TrainingRun
-from hamu.training.records import read_records
+from hamu.training.records import read_records, read_trials
 from hamu.training.stop import StopReason
-from launch.plan import Plan, data_key, make_plan, read_overrides
-from launch.results import SweepFolder
-from launch.shared import Original, Shared
+from launch.results import write_json
+from launch.shared import Original
 from launch.slot import Slot
-from tune_spaces.space import Space
-
-EPOCHS = 0.5  # 6 steps of 128 rows
-SPACE = Space(
-    name="digits/small",
-    summary="one short trial of each kind",
-    base={"dataset_name": "digits", "num_train_epochs": EPOCHS, "learning_rate": 0.01, "eval_strategy": "no"},
-    grids=(
-        {"unlearning_method": ("hamu-q",), "constraint_ratio": (0.1,)},
-        {"unlearning_method": ("hamu-u",), "constraint_ratio": (0.99,), "stop_on_stopping_criterion": (True,)},
-        {"unlearning_method": ("ft", "kl")},
-        {"unlearning_method": ("ft",), "hard_probability": (0.5,)},
-    ),
-)
-
-
-@pytest.fixture(scope="module")
-def data() -> ImageData:
-    return load_image_data(TrainConfig().data)
-
-
-@pytest.fixture(scope="module")
-def original(data: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Original:
-    """A model that knows a little: an epoch of training, saved as a folder."""
-    torch.set_num_threads(1)
-    config = TrainConfig.from_flat({"add_forget_to_train": True, "num_train_epochs": 1})
-    task = task_for(config, data)
-    run = TrainingRun(config, task, task.new_model(42))
-    list(run)
-    path = tmp_path_factory.mktemp("original")
-    task.save_model(run.model, path, {})
-    arrays = {key: value.numpy().copy() for key, value in task.load_model(path).state_dict().items()}
-    for array in arrays.values():
-        array.setflags(write=False)  # as they come from the object store
-    return Original(path=str(path), arrays=arrays)
-
-
-class Sweep:
-    """A plan in a folder, and slots for it."""
-
-    def __init__(self, root: Path, data: ImageData, original: Original, *assignments: str) -> None:
-        self.plan: Plan = make_plan(SPACE, name="small", overrides=read_overrides(assignments), root=root)
-        self.folder = SweepFolder(root / "small")
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        self.folder.start(self.plan)
-        self.shared = Shared(
-            plan=self.plan,
-            folder=str(self.folder.path),
-            data={data_key(config): data for config in self.plan.configs.values()},
-            originals=dict.fromkeys(self.plan.originals, original),
-        )
-        self.ids = [trial.trial_id for trial in self.plan.trials]
-
-    def slot(self) -> Slot:
-        return Slot(self.shared, lambda shared: shared)
-
-    def row(self, trial_id: str) -> dict[str, Any]:
-        return json.loads((self.folder.trial(trial_id) / "row.json").read_text())
-
-
-def run_to_end(slot: Slot, trial_id: str) -> dict[str, Any]:
-    slot.begin(trial_id)
-    for _ in range(1000):
-        metrics = slot.advance(budget_s=0.0)
-        if metrics["ended"]:
-            return metrics
-        assert "stop_reason" not in metrics
-    raise AssertionError("the trial does not end")
+from launch.states import next_folder
+from tests.launch.small_sweep import SmallSweep, advance_to_end, run_to_end
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, data: ImageData, original: Original) -> Sweep:
+def sweep(tmp_path: Path, digits: ImageData, original: Original) -> SmallSweep:
     torch.set_num_threads(1)
-    return Sweep(tmp_path, data, original)
+    return SmallSweep(tmp_path, digits, original)
 
 
 @pytest.mark.slow
-def test_trials_in_one_slot_give_the_numbers_of_single_runs(sweep: Sweep, data: ImageData, original: Original) -> None:
+def test_trials_in_one_slot_give_the_numbers_of_single_runs(sweep: SmallSweep, digits: ImageData, original: Original) -> None:
     slot = sweep.slot()
     for trial_id in sweep.ids:
         run_to_end(slot, trial_id)
     for trial_id in reversed(sweep.ids):
         config = sweep.plan.configs[trial_id]
-        task = task_for(config, data)
+        task = task_for(config, digits)
         run = TrainingRun(config, task, task.load_model(Path(original.path)))
         list(run)
         assert run.result is not None
@@ -114,17 +48,17 @@ def test_trials_in_one_slot_give_the_numbers_of_single_runs(sweep: Sweep, data: 
         assert row["steps"] == run.result.steps
 
 
-def test_what_slots_share_is_not_written_to(sweep: Sweep, data: ImageData, original: Original) -> None:
+def test_what_slots_share_is_not_written_to(sweep: SmallSweep, digits: ImageData, original: Original) -> None:
     weights = {key: array.copy() for key, array in original.arrays.items()}
-    images = data.train_images.copy()
+    images = digits.train_images.copy()
     slot = sweep.slot()
     for trial_id in sweep.ids[:3]:
         run_to_end(slot, trial_id)
     assert all(np.array_equal(weights[key], original.arrays[key]) for key in weights)
-    assert np.array_equal(images, data.train_images)
+    assert np.array_equal(images, digits.train_images)
 
 
-def test_a_trial_that_ended_has_its_row_model_and_records_and_no_checkpoint(sweep: Sweep) -> None:
+def test_a_trial_that_ended_has_its_row_model_and_records_and_no_checkpoint(sweep: SmallSweep) -> None:
     metrics = run_to_end(sweep.slot(), sweep.ids[0])
     row, folder = sweep.row(sweep.ids[0]), sweep.folder.trial(sweep.ids[0])
     assert metrics["stop_reason"] == row["stop_reason"] == "finished"
@@ -140,17 +74,17 @@ def test_a_trial_that_ended_has_its_row_model_and_records_and_no_checkpoint(swee
     assert sweep.folder.write_trials()[0]["split_sha256"] == records[0]["split_sha256"]
 
 
-def test_the_stopping_criterion_is_told_when_the_row_is_written_and_not_before(sweep: Sweep) -> None:
+def test_the_stopping_criterion_is_told_when_the_row_is_written_and_not_before(sweep: SmallSweep) -> None:
     metrics = run_to_end(sweep.slot(), sweep.ids[1])
     assert metrics["stop_reason"] == StopReason.CRITERION.value
     assert sweep.row(sweep.ids[1])["stop_reason"] == StopReason.CRITERION.value
 
 
 def test_an_unfinished_trial_goes_on_from_its_checkpoint_in_another_process(
-    tmp_path: Path, data: ImageData, original: Original
+    tmp_path: Path, digits: ImageData, original: Original
 ) -> None:
-    sweep = Sweep(tmp_path, data, original, "method=hamu-q", "save_strategy=steps", "save_steps=2")
-    whole = Sweep(tmp_path / "whole", data, original, "method=hamu-q", "save_strategy=steps", "save_steps=2")
+    sweep = SmallSweep(tmp_path, digits, original, "method=hamu-q", "save_strategy=steps", "save_steps=2")
+    whole = SmallSweep(tmp_path / "whole", digits, original, "method=hamu-q", "save_strategy=steps", "save_steps=2")
     run_to_end(whole.slot(), whole.ids[0])
     first, trial_id = sweep.slot(), sweep.ids[0]
     first.begin(trial_id)
@@ -167,7 +101,7 @@ def test_an_unfinished_trial_goes_on_from_its_checkpoint_in_another_process(
     assert {name: sweep.row(trial_id)[name] for name in names} == {name: whole.row(trial_id)[name] for name in names}
 
 
-def test_a_finished_trial_is_not_run_again(sweep: Sweep) -> None:
+def test_a_finished_trial_is_not_run_again(sweep: SmallSweep) -> None:
     run_to_end(sweep.slot(), sweep.ids[0])
     path = sweep.folder.trial(sweep.ids[0]) / "row.json"
     written = path.stat().st_mtime_ns
@@ -175,7 +109,7 @@ def test_a_finished_trial_is_not_run_again(sweep: Sweep) -> None:
     assert path.stat().st_mtime_ns == written
 
 
-def test_a_trial_that_fails_is_recorded_and_the_slot_goes_on(sweep: Sweep) -> None:
+def test_a_trial_that_fails_is_recorded_and_the_slot_goes_on(sweep: SmallSweep) -> None:
     slot, folder = sweep.slot(), sweep.folder.trial(sweep.ids[0])
     folder.mkdir()
     (folder / "checkpoint.pt").write_bytes(b"cut short")
@@ -190,8 +124,204 @@ def test_a_trial_that_fails_is_recorded_and_the_slot_goes_on(sweep: Sweep) -> No
     assert run_to_end(slot, sweep.ids[0])["status"] == "finished"  # tried again, from the start
 
 
-def test_a_model_folder_that_is_gone_fails_the_trial_not_the_slot(sweep: Sweep, original: Original) -> None:
+def test_a_model_folder_that_is_gone_fails_the_trial_not_the_slot(sweep: SmallSweep, original: Original) -> None:
     shared = replace(sweep.shared, originals=dict.fromkeys(sweep.plan.originals, replace(original, path="/no/such/folder")))
     slot = Slot(shared, lambda item: item)
     assert run_to_end(slot, sweep.ids[0])["status"] == "failed"
     assert "no model folder" in sweep.row(sweep.ids[0])["error"]
+
+
+STATES = ("method=hamu-q,ft", "eval_strategy=steps", "eval_steps=2", "logging_steps=1")
+
+
+@pytest.fixture
+def paused(tmp_path: Path, digits: ImageData, original: Original) -> SmallSweep:
+    torch.set_num_threads(1)
+    return SmallSweep(tmp_path / "paused", digits, original, *STATES)
+
+
+def advance_to_step(slot: Slot, step: int) -> dict[str, Any]:
+    while (metrics := slot.advance(budget_s=0.0))["step"] < step:
+        assert not metrics["ended"]
+    return metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 4])  # 4: an evaluation is due there
+def test_a_paused_trial_goes_on_in_another_process_to_the_same_bits(
+    paused: SmallSweep, tmp_path: Path, digits: ImageData, original: Original, step: int
+) -> None:
+    whole = SmallSweep(tmp_path / "whole", digits, original, *STATES)
+    run_to_end(whole.slot(), whole.ids[0])
+    first, trial_id, other = paused.slot(), *paused.ids[:2]
+    first.begin(trial_id)
+    said = advance_to_step(first, step)
+    state = next_folder(paused.folder.trial(trial_id))
+    first.save(str(state))
+    run_to_end(first, other)  # what the scheduler prefers meanwhile
+    second = paused.slot()
+    begun = second.begin(trial_id, load_from=str(state))
+    assert begun["forget_quality"] == said["forget_quality"]  # a scheduler needs its metric at every report
+    advance_to_end(second)
+    assert paused.metrics(trial_id) == whole.metrics(trial_id)
+    rows = [
+        [row for row in read_records(sweep.folder.records).to_pylist() if row["trial_id"] == trial_id]
+        for sweep in (whole, paused)
+    ]
+    assert [(row["kind"], row["step"]) for row in rows[1]] == [(row["kind"], row["step"]) for row in rows[0]]
+    assert paused.row(trial_id)["attempts"] == 2
+
+
+def test_a_trial_takes_over_the_state_of_another_with_settings_of_its_own(paused: SmallSweep) -> None:
+    slot, (donor, heir) = paused.slot(), paused.ids[:2]
+    slot.begin(donor)
+    advance_to_step(slot, 4)
+    state = next_folder(paused.folder.trial(donor))
+    slot.save(str(state))
+    slot.begin(heir, {"learning_rate": 0.02}, load_from=str(state))
+    assert slot.advance(budget_s=0.0)["step"] == 5
+    assert advance_to_end(slot)["step"] == 6
+    row = paused.row(heir)
+    assert (row["method"], row["learning_rate"], json.loads(row["config"])["learning_rate"]) == ("ft", 0.02, 0.02)
+    assert not (paused.folder.trial(donor) / "row.json").exists()
+
+
+def test_a_stopped_trial_is_pruned_when_its_slot_leaves_it_and_keeps_its_model(paused: SmallSweep) -> None:
+    slot, (stopped, left) = paused.slot(), paused.ids[:2]
+    slot.begin(stopped)
+    said = advance_to_step(slot, 3)
+    write_json(paused.folder.trial(stopped) / "row.json", {"trial_id": stopped, "status": "pruned"})  # the driver's
+    assert stopped in paused.folder.unfinished(paused.plan)
+    assert slot.leave()["stop_reason"] == StopReason.PRUNED.value
+    row = paused.row(stopped)
+    assert (row["status"], row["stop_reason"], row["steps"]) == ("pruned", "pruned", said["step"])
+    assert row["forget_loss"] is not None
+    assert (Path(row["model_path"]) / "model.safetensors").is_file()
+    slot.begin(left)
+    advance_to_step(slot, 3)
+    assert slot.leave() == {"ended": True}
+    assert not (paused.folder.trial(left) / "row.json").exists()
+    assert paused.folder.unfinished(paused.plan) == paused.ids[1:]
+    assert paused.folder.write_trials()[0]["peak_bytes_per_rank"] == [row["peak_rss_bytes"]]
+    assert read_trials(paused.folder.trials_parquet)[0]["attempts"] == 1
+
+
+def test_a_process_that_takes_the_place_of_a_dead_one_can_save_and_leave_at_once(paused: SmallSweep, tmp_path: Path) -> None:
+    trial_id = paused.ids[0]
+    dead = paused.slot()
+    dead.begin(trial_id)
+    advance_to_step(dead, 3)
+    dead._run.save()  # type: ignore[union-attr]  # as by save_strategy
+    dead._held.close()  # what the kernel does for a process that is killed: the lock is free
+    heir = paused.slot()
+    heir.begin(trial_id)
+    heir.save(str(tmp_path / "state"))
+    assert torch.load(tmp_path / "state" / "state.pt", weights_only=True)["step"] == 3
+    write_json(paused.folder.trial(trial_id) / "row.json", {"trial_id": trial_id, "status": "pruned"})  # the driver's
+    assert heir.leave()["stop_reason"] == StopReason.PRUNED.value
+    assert paused.row(trial_id)["steps"] == 3
+
+
+def test_a_stopped_trial_of_which_nothing_is_left_is_not_taken_for_the_original(paused: SmallSweep) -> None:
+    slot, trial_id = paused.slot(), paused.ids[0]
+    slot.begin(trial_id)
+    write_json(paused.folder.trial(trial_id) / "row.json", {"trial_id": trial_id, "status": "pruned", "steps": 40})
+    assert slot.leave() == {"ended": True}
+    assert paused.row(trial_id)["steps"] == 40  # the sweep's own words stand, and the trial can be run again
+    assert not (paused.folder.trial(trial_id) / "model").exists()
+    assert trial_id in paused.folder.unfinished(paused.plan)
+
+
+def test_a_trial_without_steps_can_be_pruned(paused: SmallSweep) -> None:
+    slot = paused.slot()
+    slot.begin(paused.ids[0])
+    assert slot.prune()["status"] == "pruned"
+    assert paused.row(paused.ids[0])["steps"] == 0
+
+
+def test_an_error_of_the_device_ends_the_process_and_the_second_one_the_trial(
+    sweep: SmallSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(engine: PairedEngine, *batches: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    trial_id = sweep.ids[0]
+    with monkeypatch.context() as broken:
+        broken.setattr(PairedEngine, "gradients", out_of_memory)
+        for attempt in (1, 2):
+            slot = sweep.slot()
+            slot.begin(trial_id)
+            with pytest.raises(torch.OutOfMemoryError):
+                advance_to_end(slot)
+            slot.close()
+            attempts = json.loads((sweep.folder.trial(trial_id) / "attempts.json").read_text())
+            assert [(each["run"], each["closed"]) for each in attempts] == [("first", False)] * attempt
+    assert sweep.slot().begin(trial_id)["status"] == "failed"
+    row = sweep.row(trial_id)
+    assert row["error"].startswith("OutOfMemoryError: CUDA out of memory (peak ")
+    assert "estimate " in row["error"]
+    assert row["attempts"] == 2
+    assert "Traceback" in (sweep.folder.trial(trial_id) / "error.txt").read_text()
+    assert run_to_end(sweep.slot(run_id="second"), trial_id)["status"] == "finished"  # a resumed sweep tries again
+
+
+def test_a_trial_whose_process_dies_twice_without_a_word_has_failed(sweep: SmallSweep) -> None:
+    for _ in range(2):
+        slot = sweep.slot()
+        slot.begin(sweep.ids[0])
+        slot._held.close()  # what the kernel does for a process that is killed
+    assert sweep.slot().begin(sweep.ids[0])["status"] == "failed"
+    assert sweep.row(sweep.ids[0])["error"] == "its process died (killed, or out of memory)"
+
+
+SPLIT = ("method=hamu-q", "gradient_pairing=split-gpu", "num_workers=2", "eval_strategy=steps", "eval_steps=2")
+
+
+def run_split(root: Path, digits: ImageData, original: Original, fails: str) -> tuple[list[str], dict[str, Any]]:
+    """One rank's part of a small sweep's first trial."""
+    from hamu.training.groups import Group
+
+    torch.set_num_threads(1)
+    group = Group.current("cpu")
+    sweep = SmallSweep(root / str(group.rank), digits, original, *SPLIT)  # same plan, same folder: that of rank 0
+    shared = replace(sweep.shared, folder=str(root / "0" / "small"))
+    slot = Slot(shared, lambda item: item, group)
+    if fails == "set-up" and group.rank == 1:
+        slot._warm.task = None  # type: ignore[method-assign, assignment]
+    slot.begin(sweep.ids[0])
+    said: list[str] = []
+    while not (metrics := slot.advance(budget_s=0.0))["ended"]:
+        said.append(f"{metrics['step']}")
+        if fails == "stopped" and metrics["step"] == 3:
+            metrics = slot.prune()
+            break
+    return said, metrics
+
+
+@pytest.mark.slow
+def test_a_group_of_slots_runs_a_trial_in_lockstep(ranks: Any, tmp_path: Path, digits: ImageData, original: Original) -> None:
+    (said, first), (others, second) = ranks.run(run_split, tmp_path, digits, original, "not")
+    assert said == others
+    assert first["stop_reason"] == second["stop_reason"] == "finished"
+    row = json.loads(next((tmp_path / "0").glob("small/trials/*/row.json")).read_text())
+    assert len(row["peak_bytes_per_rank"]) == 2
+    assert row["peak_rss_bytes"] == max(row["peak_bytes_per_rank"])
+    assert not list((tmp_path / "1").glob("small/trials/*/*"))
+
+
+@pytest.mark.slow
+def test_a_group_prunes_at_the_same_step(ranks: Any, tmp_path: Path, digits: ImageData, original: Original) -> None:
+    answers = ranks.run(run_split, tmp_path, digits, original, "stopped")
+    assert {answer[1]["stop_reason"] for answer in answers} == {"pruned"}
+    row = json.loads(next((tmp_path / "0").glob("small/trials/*/row.json")).read_text())
+    assert (row["status"], row["steps"]) == ("pruned", 3)
+
+
+@pytest.mark.slow
+def test_what_one_rank_cannot_set_up_fails_the_trial_in_all(
+    ranks: Any, tmp_path: Path, digits: ImageData, original: Original
+) -> None:
+    answers = ranks.run(run_split, tmp_path, digits, original, "set-up")
+    assert {answer[1]["stop_reason"] for answer in answers} == {"failed"}
+    row = json.loads(next((tmp_path / "0").glob("small/trials/*/row.json")).read_text())
+    assert row["error"].startswith("TypeError: ")

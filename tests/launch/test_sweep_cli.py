@@ -60,6 +60,7 @@ def local_dataset(tmp_path: Path) -> Path:
         (["--set", "forget_class=10"], "forget_class 10 does not exist in digits; its classes are 0 to 9"),
         (["--set", "rho=1", "--set", "split_ratio=0"], "split_ratio must be > 0"),
         (["--set", "gradient_pairing=split-gpu", "--set", "num_workers=3"], "needs an even number of processes, got 3"),
+        (["--set", "gradient_pairing=sequential,split-gpu", "--set", "num_workers=2"], "run one sweep for each, with --set"),
         (["--set", "model_name=./no/such/model"], "'./no/such/model' is not a folder"),
         (["--set", "model_name=resnet21"], "unknown model 'resnet21'; did you mean 'resnet20'?"),
         (["--set", "dataset_name=./no/such/rows"], "'./no/such/rows' is not a folder"),

@@ -1,0 +1,79 @@
+"""How often a trial was begun, and what became of it: attempts.json in the trial's folder.
+
+A process may die in the middle of a trial without a word. Whoever begins the trial next finds an attempt that was never closed,
+so a trial that takes its process down is not tried for ever.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launch.results import write_json
+
+MAX_DEATHS = 2
+"""Attempts of one run of the sweep in which a trial may take its process down; then it has failed."""
+
+UNSAID = "its process died (killed, or out of memory)"
+
+
+class Attempts:
+    """The attempts at one trial, oldest first: a list of `{"run": id, "error": text or null, "closed": bool}`.
+
+    An attempt is closed when its trial was left in order, ended or not.
+
+    Args:
+        folder: of the trial.
+        run: id of this run of the sweep; a sweep that is resumed tries its trials anew.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self._folder, self._run = folder, run
+        self._path = folder / "attempts.json"
+
+    def open(self) -> str | None:
+        """Begin an attempt; where too many have died, begin none and return the last known error."""
+        with self._changed() as attempts:
+            died = [each for each in attempts if each["run"] == self._run and not each["closed"]]
+            if len(died) >= MAX_DEATHS:
+                return next((each["error"] for each in reversed(died) if each["error"]), UNSAID)
+            attempts.append({"run": self._run, "error": None, "closed": False})
+            return None
+
+    def note(self, error: str) -> bool:
+        """Write down what the present attempt is about to die of; the first of its processes to say so is right, and is told."""
+        with self._changed() as attempts:
+            is_news = bool(attempts) and attempts[-1]["error"] is None
+            if is_news:
+                attempts[-1]["error"] = error[:2000]
+            return is_news
+
+    def close(self) -> None:
+        """The present attempt is left in order, its trial ended or not."""
+        with self._changed() as attempts:
+            if attempts:
+                attempts[-1]["closed"] = True
+
+    @property
+    def count(self) -> int:
+        """Attempts of all runs so far."""
+        return len(self._read())
+
+    @contextmanager
+    def _changed(self) -> Iterator[list[dict[str, Any]]]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / ".attempts").open("a") as file:  # processes of one trial may fail together
+            fcntl.flock(file, fcntl.LOCK_EX)
+            attempts = self._read()
+            yield attempts
+            write_json(self._path, attempts)
+
+    def _read(self) -> list[dict[str, Any]]:
+        try:
+            return json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return []

@@ -1,0 +1,89 @@
+"""A trial's state in a folder of its own: what a paused trial goes on from, and what population based training hands from one
+trial to another.
+
+trials/<id>/states/<n>/state.pt      a checkpoint of the run
+trials/<id>/states/<n>/origin.json   the trial and the recipe that it is of, and its numbers then
+trials/<id>/taken.json               the state that the trial's own checkpoint was last replaced by
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hamu.errors import CheckpointError
+from hamu.training.records import replacing
+from launch.results import write_json
+
+STATE = "state.pt"
+_KEPT = 4  # newest states of a trial; a scheduler asks for the last one of a trial, or for the one before
+
+
+def next_folder(trial_folder: Path) -> Path:
+    """A new folder for a trial's state; its oldest ones go."""
+    states = trial_folder / "states"
+    found = sorted((int(path.name), path) for path in states.glob("[0-9]*") if path.name.isdigit())
+    for _, path in found[: 1 - _KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
+    folder = states / str(found[-1][0] + 1 if found else 0)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def write_origin(folder: Path, *, trial_id: str, recipe: str, metrics: Mapping[str, Any]) -> None:
+    """Say which trial, run with which recipe, the state in a folder is of, and its numbers then."""
+    write_json(folder / "origin.json", {"trial_id": trial_id, "recipe": recipe, "metrics": dict(metrics)})
+
+
+def metrics_of(folder: Path) -> dict[str, Any]:
+    """The numbers of a saved state's trial when it was saved."""
+    return _read(folder / "origin.json").get("metrics", {})
+
+
+def take_state(folder: Path, trial_folder: Path, *, trial_id: str, recipe: str) -> bool:
+    """Put a saved state in the place of a trial's checkpoint.
+
+    A trial that is begun again with the state that it was begun with (its process had died) keeps what it has saved since.
+
+    Returns:
+        Whether the checkpoint is now of another trial or recipe, so that it has to be adopted.
+
+    Raises:
+        CheckpointError: there is no state.
+    """
+    checkpoint, taken = trial_folder / "checkpoint.pt", trial_folder / "taken.json"
+    state, origin = folder / STATE, _read(folder / "origin.json")
+    before = _read(taken)
+    is_foreign = (origin.get("trial_id"), origin.get("recipe")) != (trial_id, recipe)
+    if before.get("state") == str(state) and before.get("recipe") == recipe and checkpoint.exists():
+        return is_foreign and checkpoint.stat().st_mtime_ns == before["mtime_ns"]
+    if not state.exists():
+        raise CheckpointError(f"no saved state in {str(folder)!r}; run the trial from its start: resume the sweep")
+    with replacing(checkpoint) as temporary:
+        shutil.copyfile(state, temporary)
+    write_json(taken, {"state": str(state), "recipe": recipe, "mtime_ns": checkpoint.stat().st_mtime_ns})
+    return is_foreign
+
+
+def drop_foreign_state(trial_folder: Path, *, recipe: str) -> None:
+    """Remove a checkpoint that was taken for another recipe of the trial, which nobody asks for any more."""
+    taken = _read(trial_folder / "taken.json")
+    if taken and taken.get("recipe") != recipe:
+        (trial_folder / "checkpoint.pt").unlink(missing_ok=True)
+        (trial_folder / "taken.json").unlink(missing_ok=True)
+
+
+def drop_states(trial_folder: Path) -> None:
+    """Remove all saved states of a trial."""
+    shutil.rmtree(trial_folder / "states", ignore_errors=True)
+    (trial_folder / "taken.json").unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
