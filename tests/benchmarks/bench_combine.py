@@ -72,11 +72,11 @@ def measure_at(n_threads: int, repeats: int = 40) -> dict[str, float]:
     parts = [random_parts(task, split, BATCH) for split in ("retain", "forget")]
     engine.set_training_mode()
     engine.gradients(*parts)
-    saved = engine.pair.clone()
+    saved = engine.pair.table.clone()
     start = [param.detach().clone() for param in engine.params]
 
     def restore() -> None:
-        engine.pair.copy_(saved)  # both versions write into the gradients
+        engine.pair.table.copy_(saved)  # both versions write into the gradients
 
     def ours() -> list[str]:
         report = engine.decide(lr=LR, rules=StepRules(constraint=RATIO * LR), max_grad_norm=1.0)
@@ -84,7 +84,7 @@ def measure_at(n_threads: int, repeats: int = 40) -> dict[str, float]:
         return list(report.decision.branches)
 
     def per_tensor() -> list[str]:
-        retain, forget = (engine.layout.views(buffer) for buffer in engine.pair)
+        retain, forget = (engine.layout.views(buffer) for buffer in engine.pair.table)
         branches = combine_per_tensor(engine.params, retain, forget, lr=LR, constraint=RATIO * LR)
         optimizer.step()
         return branches

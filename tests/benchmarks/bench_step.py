@@ -17,6 +17,7 @@ from hamu.methods.catalog import METHODS
 from hamu.methods.combine import StepRules
 from hamu.tasks.vision import VisionTask
 from hamu.training.engine import PairedEngine
+from hamu.training.memory import keep_freed_memory
 from tests.benchmarks.measure import cifar_task, interleaved_medians
 
 LR, RATIO, BATCH = 1e-3, 0.05, 256
@@ -56,6 +57,7 @@ class Variant:
 def measure(repeats: int = 7) -> dict[str, dict[str, float]]:
     """Per variant: start-up seconds, milliseconds a step, and the ratio to contiguous eager fp32 of the same run."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     variants = {
         "eager": Variant(channels_last=False),
         "channels_last": Variant(channels_last=True),

@@ -79,6 +79,12 @@ def has_bf16() -> bool:
     return info.exists() and ("amx_bf16" in info.read_text() or "avx512_bf16" in info.read_text())
 
 
+def has_amx() -> bool:
+    """Whether it multiplies bf16 matrices in units of their own, which is where bf16 gains most."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and "amx_bf16" in info.read_text()
+
+
 def hardware() -> str:
     """Processor, cores and torch of this machine."""
     info = Path("/proc/cpuinfo")

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import bench_combine, bench_quickstart, bench_step
-from tests.benchmarks.measure import hardware, has_bf16
+from tests.benchmarks import bench_combine, bench_exchange, bench_quickstart, bench_step
+from tests.benchmarks.measure import hardware, has_amx
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,7 +34,9 @@ def main() -> int:
     for name, module in (("combine", bench_combine), ("step", bench_step), ("quickstart", bench_quickstart)):
         print(f"{name} ...", flush=True)
         figures[name] = in_own_process(module.measure)
-    step, quick = figures["step"], figures["quickstart"]
+    print("exchange ...", flush=True)
+    figures["exchange"] = bench_exchange.measure()  # in processes of its own, which a pool's worker may not start
+    step, quick, split = figures["step"], figures["quickstart"], figures["exchange"]
     combine, one_thread = figures["combine"]["default_threads"], figures["combine"]["one_thread"]
     checks = [
         ("combine step, times faster than per tensor", combine["speedup"], ">=", 8.0),
@@ -42,13 +44,20 @@ def main() -> int:
         ("the same share at one thread", one_thread["share_of_two_passes"], "<=", 0.003),
         ("step, channels-last against contiguous eager", step["channels_last"]["speedup"], ">=", 1.25),
         ("loading, share of a step", step["channels_last"]["loading_share"], "<=", 0.02),
+        *(
+            (f"split, {n} ranks: bytes sent, share of the least", row["share_of_least"], "<=", 1.1)
+            for n, row in split["traffic"].items()
+        ),
+        ("split, exchange of ResNet-20: share of naive", split["exchange"]["resnet20"]["share_of_naive"], "<=", 0.2),
+        ("split, exchange of 10 M: share of naive", split["exchange"]["mlp_10m"]["share_of_naive"], "<=", 0.5),
+        ("split step of 2 ranks, times sequential", split["step"]["speedup"], ">=", 1.85),
         ("quickstart: wall_s", quick["wall_s"], "<=", quick["wall_limit_s"]),
         ("quickstart: warm slot's set-up, s", quick["warm_setup_max_s"], "<=", 0.5),
         ("quickstart: the whole command, s", quick["command_s"], "<=", 150.0),
         ("quickstart: trials on the front", quick["front"], ">=", 4),
         ("quickstart: trials ended within 5 steps", quick["within_5_steps"], "<=", quick["trials"] / 4),
     ]
-    if has_bf16():
+    if has_amx():
         checks.insert(3, ("step, bf16 against contiguous eager", step["bf16"]["speedup"], ">=", 2.2))
     figures["checks"] = [
         {"what": what, "value": value, "rule": rule, "limit": limit, "met": value >= limit if rule == ">=" else value <= limit}
@@ -61,6 +70,8 @@ def main() -> int:
     for name, row in step.items():
         print(f"{name:16s} {row['startup_s']:10.2f} {row['step_ms']:10.1f} {row['speedup']:12.2f}")
     print(f"\ncombine step, times faster than per tensor at one thread: {one_thread['speedup']:.2f}\n")
+    bench_exchange.print_figures(split)
+    print()
     for check in figures["checks"]:
         mark = "met   " if check["met"] else "MISSED"
         print(f"{mark} {check['what']:48s} {check['value']:10.4g} {check['rule']} {check['limit']:.4g}")
