@@ -59,6 +59,11 @@ class ImageData:
     """Where the rows come from: source, split and column names, numbers of rows."""
 
     @property
+    def n_bytes(self) -> int:
+        """Of its four arrays."""
+        return sum(array.nbytes for array in (self.train_images, self.train_labels, self.test_images, self.test_labels))
+
+    @property
     def n_channels(self) -> int:
         """Number of channels, 1 or 3."""
         return int(self.train_images.shape[1])
