@@ -9,10 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,16 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from hamu.errors import CheckpointError, ConfigError
-from hamu.hub import offline, one_line, why_not_on_hub
-from hamu.models.record import RECORD_NAME, json_text
+from hamu.hub import one_line
+from hamu.models.loading import is_hub_name, offline_first, quiet, replaced_files
 from hamu.models.resnet import ResNet20, resnet20_config
 
 _RESNET20 = "resnet20"
 _TORCHVISION = "torchvision/"
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 _STEM = "resnet.embedder.embedder.convolution.weight"
 
 
@@ -97,7 +92,7 @@ def input_shape(model_name: str, *, n_channels: int) -> tuple[int, int | None]:
     return int(getattr(config, "num_channels", 3)), native if isinstance(native, int) else None
 
 
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+def logits_of(model: Callable[..., Any], images: Tensor) -> Tensor:
     """Return the logits (n, classes) of a model that returns a tensor, or an output with `.logits`."""
     output = model(images)
     return output if isinstance(output, Tensor) else cast(Tensor, output.logits)
@@ -118,7 +113,7 @@ def save_classifier(model: nn.Module, path: str | Path, record: Mapping[str, Any
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with replaced_files(path, record) as scratch:
         if isinstance(model, PreTrainedModel):
-            with _quiet():
+            with quiet():
                 model.save_pretrained(scratch, state_dict=weights)
             return
         spec = getattr(model, "classifier_spec", None)
@@ -155,22 +150,6 @@ def load_classifier(path: str | Path) -> nn.Module:
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"cannot load the model in {str(folder)!r} ({one_line(error)}); make it anew") from error
     return model.eval()
-
-
-@contextmanager
-def replaced_files(path: str | Path, record: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield a scratch folder whose files are moved into `path` at the end, `record` as `record.json` last."""
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
-    try:
-        yield scratch
-        written = sorted(scratch.iterdir())
-        (scratch / RECORD_NAME).write_text(json_text(record, indent=2) + "\n")
-        for file in (*written, scratch / RECORD_NAME):
-            os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _new_torchvision(model_name: str, *, n_classes: int, n_channels: int, img_size: int | None) -> nn.Module:
@@ -231,43 +210,10 @@ def _has_small_stem(folder: Path) -> bool:
 
 
 def _offline_first(load: Callable[..., Any], name: str, **settings: Any) -> Any:
-    """Call a `from_pretrained` on a local folder or the local cache, and on the hub only when that has nothing."""
-    is_local = os.path.isdir(name)
-    if not is_local and ("/" not in name or name.startswith((".", "/", "~"))):
+    """`offline_first`, of a name that can be a model's."""
+    if not os.path.isdir(name) and not is_hub_name(name):
         ours = ["resnet20", *(_TORCHVISION + known for known in _torchvision_names())]
         near = difflib.get_close_matches(name, ours, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ":"
         raise ConfigError(f"unknown model {name!r}{hint} give resnet20, torchvision/<name>, a hub name owner/model or a folder")
-    with _quiet():
-        try:
-            with offline():
-                return load(name, local_files_only=True, **settings)
-        except _LOAD_ERRORS as error:
-            reason = one_line(error)
-        if not is_local:
-            missing = why_not_on_hub(name, "model")
-            if missing is None:
-                try:
-                    return load(name, **settings)
-                except _LOAD_ERRORS as error:
-                    reason = one_line(error)
-            else:
-                reason = missing
-    where = "in the folder" if is_local else "in the local cache or on the hub"
-    raise CheckpointError(
-        f"cannot load an image classifier {name!r} {where} ({reason}); check the name, or fetch the model first"
-    )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and its warning about a replaced head, which is what was asked for."""
-    verbosity, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if had_bars:
-            transformers_logging.enable_progress_bar()
+    return offline_first(load, name, wanted="an image classifier", **settings)
