@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from hamu.data.splits import draw_forget_set
-from hamu.errors import CheckpointError, ConfigError, unknown
+from hamu.errors import ConfigError, unknown
+from hamu.hub import MODEL, check_available, why_not_cached
+from hamu.tasks.catalog import is_built_in, modality_of
 from hamu.training.inputs import check_inputs, is_local_path
 from launch.pairing import pairing_of
 from launch.plan import Plan, data_key
 
 if TYPE_CHECKING:
-    from hamu.data.sources import ImageData
+    from hamu.tasks.base import Data
+    from hamu.training.config import TrainConfig
 
 TORCHVISION = "torchvision/"
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan, *, asks_hub: bool = True) -> None:
     """Refuse a plan whose model, dataset, column or class does not exist, or whose trials pair their gradients differently.
 
-    No image is decoded, nothing is fetched.
+    No image is decoded, nothing is fetched. asks_hub: refuse a model of the hub that cannot be had, too.
 
     Raises:
         HamuError: one line with the value, the rule and the mend.
@@ -34,22 +36,36 @@ def check_plan(plan: Plan) -> None:
         if key not in seen:
             seen.add(key)
             check_inputs(config)
-    for name in {config.run.model_name for config in plan.configs.values()}:
-        check_model_name(name)
+    for config in {config.run.model_name: config for config in plan.configs.values()}.values():
+        check_model_name(config.run.model_name, modality_of(config).models)
+        if asks_hub and is_on_hub(config):
+            check_available(config.run.model_name, config.run.model_revision, MODEL)
 
 
-def check_model_name(name: str) -> None:
+def missing_models(plan: Plan) -> list[str]:
+    """A line for each model of the hub that is not in the cache."""
+    on_hub = {(config.run.model_name, config.run.model_revision) for config in plan.configs.values() if is_on_hub(config)}
+    return [why for name, revision in sorted(on_hub, key=str) if (why := why_not_cached(name, revision, MODEL)) is not None]
+
+
+def is_on_hub(config: TrainConfig) -> bool:
+    """Whether the model of a configuration comes from the hub, or its cache."""
+    name = config.run.model_name
+    return not is_local_path(name) and not is_built_in(name, modality_of(config).models)
+
+
+def check_model_name(name: str, built_in: Sequence[str]) -> None:
     """Refuse a model name that no loader knows.
 
     Raises:
         ConfigError: not a built-in model, a torchvision model, a folder, or the form of a hub name.
-        CheckpointError: a hub name that is neither cached nor on the hub (or the hub is out of reach).
     """
-    if name == "resnet20" or is_local_path(name):
+    if name in built_in or is_local_path(name):
         return  # `check_inputs` has looked at the folder
     if "/" not in name:
-        raise ConfigError(unknown("model", name, ["resnet20", "torchvision/<name>", "<owner>/<name> of the hub", "a folder"]))
-    if name.startswith(TORCHVISION):
+        ours = [known + "<name>" * known.endswith("/") for known in built_in]
+        raise ConfigError(unknown("model", name, [*ours, "<owner>/<name> of the hub", "a folder"]))
+    if TORCHVISION in built_in and name.startswith(TORCHVISION):
         from torchvision import models
 
         known = [TORCHVISION + each for each in models.list_models(module=models)]
@@ -58,27 +74,13 @@ def check_model_name(name: str) -> None:
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(f"unknown model {name!r}; {hint}torchvision.models.list_models() names the {len(known)} known")
         return
-    from huggingface_hub import try_to_load_from_cache
-
-    from hamu.hub import why_not_on_hub
-
-    if not isinstance(try_to_load_from_cache(name, "config.json"), str) and (reason := why_not_on_hub(name, "model")):
-        raise CheckpointError(
-            f"model {name!r} is neither in the local cache nor on the hub ({reason}); check the name, or fetch the model first"
-        )
 
 
-def check_forget_sets(plan: Plan, datasets: Mapping[str, ImageData]) -> None:
+def check_forget_sets(plan: Plan, datasets: Mapping[str, Data]) -> None:
     """Refuse a plan with a forget set that cannot be drawn from the loaded rows, such as of a class that has none.
 
     Raises:
         HamuError: one line with the value, the rule and the mend.
     """
     for config in plan.configs.values():
-        draw_forget_set(
-            datasets[data_key(config)].train_labels,
-            forget_class=config.data.forget_class,
-            rho=config.data.hard_probability,
-            seed=config.run.seed,
-            split_ratio=config.data.split_ratio,
-        )
+        modality_of(config).check_forget_set(config, datasets[data_key(config)])

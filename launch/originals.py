@@ -20,7 +20,7 @@ from launch.signals import Signals
 from launch.words import Words
 
 if TYPE_CHECKING:
-    from hamu.data.sources import ImageData
+    from hamu.tasks.base import Data
     from hamu.training.config import TrainConfig
 
 SMALL_BYTES = 16 * 2**20
@@ -92,15 +92,16 @@ def _pin(pins: Path, key: str, original: Original) -> None:
 
 def _described(original: Original) -> str:
     parts = [f"original {original.path}"]
-    if "test_accuracy" in original.result:
-        parts.append(f"test accuracy {original.result['test_accuracy']:.3f}")
+    for split in ("test", "forget"):
+        if original.result.get(f"{split}_accuracy") is not None:
+            parts.append(f"{split} accuracy {original.result[f'{split}_accuracy']:.3f}")
     if original.hardness:
         parts.append(f"S {original.hardness['gradient_product']:.3g}")
         parts.append(f"largest feasible constraint ratio {original.hardness['max_constraint_ratio']:.3g}")
     return ", ".join(parts)
 
 
-def provide(config: TrainConfig, data: ImageData, *, n_threads: int, first: TrainConfig | None) -> Original:
+def provide(config: TrainConfig, data: Data, *, n_threads: int, first: TrainConfig | None) -> Original:
     """Give the original of a recipe, trained here if it is not there yet, with its weights as numpy arrays.
 
     Args:
@@ -111,11 +112,11 @@ def provide(config: TrainConfig, data: ImageData, *, n_threads: int, first: Trai
     """
     import torch
 
-    from hamu.tasks.vision import task_for
     from hamu.training.artifacts import read_record
+    from hamu.training.checkpoints import changing_state
     from hamu.training.inputs import is_local_path
     from hamu.training.loop import TrainingRun
-    from hamu.training.original import choose_device, provide_model
+    from hamu.training.original import choose_device, provide_model, task_for
 
     torch.set_num_threads(n_threads)
     name = config.run.model_name
@@ -123,7 +124,7 @@ def provide(config: TrainConfig, data: ImageData, *, n_threads: int, first: Trai
     measured = config if first is None else first
     task = task_for(measured, data, device=choose_device(measured), start=path)
     model = task.load_model(path)
-    arrays = {key: value.cpu().numpy().copy() for key, value in model.state_dict().items()}
+    arrays = {key: value.cpu().numpy().copy() for key, value in changing_state(model).items()}
     try:
         result = read_record(path)["result"]
     except (CheckpointError, KeyError):  # a folder of the user's own

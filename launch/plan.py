@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hamu.errors import ConfigError, HamuError
+from hamu.tasks.catalog import modality_of
 from hamu.training.config import ALIASES, KNOWN, TrainConfig
 from hamu.training.fields import merge_known, read_value, unknown_key
+from hamu.training.run_settings import DATASET_PARTS
 from launch.pairing import check_one_value
 from tune_spaces.space import METHOD, ORIGINAL_PREFIX, Space
 
@@ -24,17 +26,16 @@ _PACKAGES = ("hamu-sweeps", "ray", "torch", "transformers", "numpy", "pyarrow")
 # What a sweep decides itself, and the flag that says it.
 _DECIDED = {
     "artifact_root": "--storage-path", "output_dir": "--name", "final_model_output_dir": "--name", "resume": "--resume",
-    "dry_run": "--dry-run", "device": "--gpus (0 for the cores)", "debug": "no flag",
+    "dry_run": "--dry-run", "fetch": "--fetch", "device": "--gpus (0 for the cores)", "debug": "no flag",
     "ray_address": "no flag",
 }  # fmt: skip
 
 # What the original shares with the trials that start from it. Not rho: as published, every rho starts from rho 0.
 _SHARED = (
-    "modality", "model_name", "num_labels", "img_size", "seed", "forget_class", "dataset_cache_dir",
-    *(f"{test}dataset_{part}" for test in ("", "test_")
-      for part in ("name", "subset", "split", "prompt_field", "response_field")),
+    "modality", "model_name", "model_revision", "num_labels", "img_size", "seed", "forget_class", "dataset_cache_dir",
+    "dataset_revision", "forget_pct", "add_duplicate_to_retain", "strict", "chat_template", "max_length",
+    *(f"{kind}dataset_{part}" for kind in ("", "forget_", "duplicate_", "test_") for part in DATASET_PARTS),
 )  # fmt: skip
-_DATA = ("name", "subset", "split", "prompt_field", "response_field")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,7 @@ def make_plan(space: Space, *, name: str, overrides: Mapping[str, tuple[Any, ...
     for key, values in overrides.items():
         check_one_value(key, values)
     space = space.with_overrides(overrides)
-    defaults = TrainConfig().to_flat()
+    defaults = TrainConfig.from_flat({"modality": _modality(space)}).to_flat()
     originals: dict[str, dict[str, Any]] = {}
     trials = []
     for trial in space.trials():
@@ -149,6 +150,18 @@ def make_plan(space: Space, *, name: str, overrides: Mapping[str, tuple[Any, ...
         versions=_versions(),
         root=root,
     )
+
+
+def _modality(space: Space) -> str:
+    """The one kind of data of a space's trials.
+
+    Raises:
+        ConfigError: it has several.
+    """
+    kinds = sorted({str(trial.config.get("modality", "vision")) for trial in space.trials()})
+    if len(kinds) > 1:
+        raise ConfigError(f"modality {', '.join(kinds)}: a sweep has one kind of data; run one sweep for each")
+    return kinds[0]
 
 
 def original_settings(trial: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +200,8 @@ def read_overrides(assignments: Iterable[str]) -> dict[str, tuple[Any, ...]]:
 
 def data_key(config: TrainConfig) -> str:
     """Eight hex digits that configurations on the same rows share (the forget set apart)."""
-    data = {f"{test}dataset_{part}": getattr(config.data, f"{test}dataset_{part}") for test in ("", "test_") for part in _DATA}
+    flat = config.to_flat()
+    data = {name: flat[name] for name in modality_of(config).data_settings}
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from ray.tune.schedulers import HyperBandScheduler, PopulationBasedTraining
 from ray.tune.stopper import CombinedStopper
 
 from hamu.cli.ray_environment import ray_folder, token_hint, tune_folder
-from hamu.data.sources import ImageData, load_image_data
+from hamu.hub import MODEL, fetch_model, is_cached, offline_environment
+from hamu.tasks.catalog import modality_of
 from hamu.training.config import TrainConfig
 from hamu.training.ray_workers import WorkerSettings, free_placement_groups, local_ray
-from launch.checks import check_forget_sets
+from launch.checks import check_forget_sets, is_on_hub
 from launch.follow import MAX_FAILURES, Follow
 from launch.live import Board
 from launch.machine import Machine, Slots
@@ -78,9 +80,10 @@ def run_sweep(
     if todo:
         plan = replace(plan, root=plan.root.resolve())  # workers have a working directory of their own
         signals.check()
-        data = {key: load_image_data(_with_cache(config).data) for key, config in plan.datasets().items()}
+        data = {key: modality_of(config).load_data(config) for key, config in plan.datasets().items()}
         check_forget_sets(plan, data)
-        sizes = {key: _bytes_of(item) for key, item in data.items()}
+        bring_models(plan.configs.values(), words)
+        sizes = {key: item.n_bytes for key, item in data.items()}
         started = time.monotonic()
         with contextlib.ExitStack() as session:
             with words.busy("starting Ray"):
@@ -115,6 +118,21 @@ def run_sweep(
                 follow = Follow(plan, folder, board, signals)
                 run_on_tune(shared, todo, slots, follow, scheduler=scheduler, stopper=stopper, adjustable=adjustable)
     return write_summary(plan, folder, slots=slots, machine=machine)
+
+
+def bring_models(configs: Iterable[TrainConfig], words: Words) -> None:
+    """Fetch the models of the hub that are not in the cache; the processes that Ray starts then use the cache alone.
+
+    Raises:
+        CheckpointError: one cannot be had.
+    """
+    on_hub = {(config.run.model_name, config.run.model_revision) for config in configs if is_on_hub(config)}
+    for name, revision in on_hub:
+        if not is_cached(name, revision, MODEL):
+            with words.busy(f"fetching {name}"):
+                fetch_model(name, revision)
+    if on_hub:
+        os.environ.update(offline_environment())
 
 
 def run_on_tune(
@@ -227,11 +245,3 @@ def _setting_of(of_trial: Mapping[str, Mapping[str, Any]], name: str, spec: Any)
 
 def _name_of(trial: Any) -> str:
     return str(trial.config["trial_id"])
-
-
-def _with_cache(config: TrainConfig) -> TrainConfig:
-    return config.replace(dataset_cache_dir=config.dataset_cache_dir)
-
-
-def _bytes_of(data: ImageData) -> int:
-    return sum(array.nbytes for array in (data.train_images, data.train_labels, data.test_images, data.test_labels))

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from hamu.errors import CheckpointError
-from hamu.methods.catalog import find_method
 from hamu.training.artifacts import make_record, start_model_of
 from hamu.training.groups import Group, is_partner_gone
 from hamu.training.loop import TrainingRun
@@ -202,19 +201,18 @@ class Slot:
         config, trial = self._config, self._trial
         self._task, self._data = self._warm.task(trial, config)
         model = self._warm.model(trial, self._task)
-        self._estimate = self._warm.estimate(trial, self._task, config, model).total
         if self._is_first:
             self._recorder = Recorder(self._folder.records, self._identity())
         self._run = TrainingRun(
             config,
             self._task,
             model,
-            original=self._warm.frozen(trial, self._task) if find_method(config.method_name).needs_original else None,
             recorder=self._recorder,
             checkpoint_path=self._trial_folder / "checkpoint.pt",
             group=self._group,
             adopt_checkpoint=is_foreign,
         )
+        self._estimate = self._warm.estimate(trial, self._task, self._run).total
         self._reports = iter(self._run)
         self._metrics |= {"step": 0, **self._said_before, "total_steps": self._run.total_steps}
         self._setup_s = time.time() - self._started_at

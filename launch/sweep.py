@@ -30,7 +30,7 @@ sys.path[:] = [str(_ROOT), *(entry for entry in sys.path if Path(entry or ".").r
 
 from hamu.cli.environment import read_environment  # noqa: E402
 from hamu.errors import ConfigError, HamuError  # noqa: E402
-from launch.checks import check_plan  # noqa: E402
+from launch.checks import check_plan, missing_models  # noqa: E402
 from launch.machine import Machine, Slots, choose_slots, this_machine  # noqa: E402
 from launch.pairing import pairing_of  # noqa: E402
 from launch.plan import Plan, make_plan, read_overrides, said_once  # noqa: E402
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--name", help="name of the sweep and its results folder (default: space and time)")
     add("--resume", metavar="NAME", help="go on with a sweep: its unfinished trials run, its finished ones do not")
     add("--dry-run", action="store_true", help="print what would run, on what, and stop")
+    add("--fetch", action="store_true", help="bring the models and datasets from the hub into the cache, once, and stop")
     add("--max-concurrent", type=int, metavar="N", help="trials at once (default: one a core, or as many as the GPUs hold)")
     add("--gpus", type=float, metavar="SHARE", help="GPUs a trial, such as 0.5 (default: 1 where there are GPUs); 0: cores only")
     add("--storage-path", metavar="DIR", help="artifact root: checkpoints, results, caches (default artifacts)")
@@ -105,10 +106,7 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, SweepFolder]:
     Raises:
         HamuError: the input is wrong.
     """
-    environment = read_environment(os.environ)
-    root = Path(args.storage_path or environment.settings.pop("artifact_root", None) or "artifacts").expanduser()
-    for name in ("artifact_root", "ray_address"):
-        environment.settings.pop(name, None)
+    root = root_of(args)
     if args.resume is not None:
         folder = find_sweep(root, args.resume)
         plan = folder.read_plan(root)
@@ -117,18 +115,31 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, SweepFolder]:
             if not plan.space.startswith(wanted):
                 raise ConfigError(f"{folder.path} belongs to a sweep of space {plan.space!r}, not {wanted!r}; leave out --space")
     else:
-        name = find_space(args.space or (None if args.task else DEFAULT_SPACE), args.task)
-        for line in environment.warnings:
-            print(f"warning: {line}", file=sys.stderr)
-        below = [f"{key}={value}" for key, value in environment.settings.items()]
-        overrides = read_overrides([*below, *args.set])
-        space = load_space(name)
-        sweep = args.name or f"{space.sweep}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = SweepFolder(root / "results" / space.task / sweep)
-        check_free(folder, space=space.name, root=root)
-        plan = make_plan(space, name=sweep, overrides=overrides, root=root)
-    check_plan(plan)
+        plan = new_plan(args, root)
+        folder = SweepFolder(root / "results" / plan.task / plan.name)
+        check_free(folder, space=plan.space, root=root)
+    check_plan(plan, asks_hub=not args.dry_run)
     return plan, folder
+
+
+def root_of(args: argparse.Namespace) -> Path:
+    """The artifact root: of the flag, else of the environment, else `artifacts`."""
+    return Path(args.storage_path or os.environ.get("ARTIFACT_ROOT", "").strip() or "artifacts").expanduser()
+
+
+def new_plan(args: argparse.Namespace, root: Path) -> Plan:
+    """Make the plan of the space that the flags and the environment name.
+
+    Raises:
+        ConfigError: there is no such space, or a setting does not fit.
+    """
+    space = load_space(find_space(args.space or (None if args.task else DEFAULT_SPACE), args.task))
+    environment = read_environment(os.environ, modality=str(space.base.get("modality", "vision")))
+    for line in environment.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    below = [f"{key}={value}" for key, value in environment.settings.items() if key not in ("artifact_root", "ray_address")]
+    name = args.name or f"{space.sweep}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return make_plan(space, name=name, overrides=read_overrides([*below, *args.set]), root=root)
 
 
 def run(plan: Plan, folder: SweepFolder, *, slots: Slots, machine: Machine, is_new: bool, dashboard: bool) -> int:
@@ -194,6 +205,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 find_space(None, args.task)
             print(spaces_text(load_space(name) for name in names))
             return 0
+        if args.fetch:
+            from hamu.cli.fetch import fetch_for
+
+            return fetch_for(new_plan(args, root_of(args)).configs.values(), say=print)
         plan, folder = prepare(args)
         machine = this_machine(os.environ)
         left = folder.unfinished(plan)
@@ -207,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dry_run:
             finished = len(plan.trials) - len(left)
             print(plan_text(plan, machine=machine, slots=slots, folder=str(folder.path), finished=finished))
+            for line in missing_models(plan):
+                print(f"warning: {line}; fetch it first, with --fetch", file=sys.stderr)
             return 0
         return run(plan, folder, slots=slots, machine=machine, is_new=args.resume is None, dashboard=args.dashboard)
     except HamuError as error:

@@ -1,4 +1,4 @@
-"""What stays in a process from trial to trial: the images on the device, the models, the estimates of their memory."""
+"""What stays in a process from trial to trial: the rows on the device, the models, the estimates of their memory."""
 
 from __future__ import annotations
 
@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hamu.data.sources import ImageData
 from hamu.errors import CheckpointError
-from hamu.methods.catalog import find_method
-from hamu.tasks.vision import VisionTask, task_for
+from hamu.tasks.base import Data, Task
+from hamu.training.checkpoints import changing_state, load_changing_state
 from hamu.training.config import TrainConfig
+from hamu.training.loop import TrainingRun
 from hamu.training.memory import MemoryEstimate, estimate_memory
+from hamu.training.original import task_for
 from launch.plan import PlannedTrial, data_key
 from launch.shared import Original, Shared
 
 _MAX_TASKS = 4
+_OF_MODEL = (
+    "add_lora", "lora_name", "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "bf16", "gradient_checkpointing",
+)  # fmt: skip
 
 
 class WarmParts:
@@ -33,18 +37,19 @@ class WarmParts:
 
     def __init__(self, shared: Shared, fetch: Callable[[Any], Any], *, device: torch.device | str, size: int) -> None:
         self._shared, self._fetch, self._device, self._size = shared, fetch, device, size
-        self._tasks: dict[tuple[Any, ...], VisionTask] = {}
-        self._models: dict[str, nn.Module] = {}
-        self._frozen: dict[str, nn.Module] = {}
+        self._tasks: dict[tuple[Any, ...], Task] = {}
+        self._models: dict[tuple[Any, ...], nn.Module] = {}
+        self._own_starts: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         self._estimates: dict[tuple[Any, ...], MemoryEstimate] = {}
 
-    def task(self, trial: PlannedTrial, config: TrainConfig) -> tuple[VisionTask, ImageData]:
+    def task(self, trial: PlannedTrial, config: TrainConfig) -> tuple[Task, Data]:
         """A trial's task and the data it is drawn from."""
-        data: ImageData = self._fetch(self._shared.data[data_key(config)])
-        drawn = config.data
+        data: Data = self._fetch(self._shared.data[data_key(config)])
+        logging, run = config.logging, config.run
+        adapter = tuple(getattr(config.training, name) for name in _OF_MODEL)
         key = (
-            data_key(config), config.run.model_name, config.run.img_size, drawn.forget_class, drawn.hard_probability,
-            config.run.seed, drawn.split_ratio, drawn.k_pct, trial.original,
+            data_key(config), config.data, run.model_name, run.img_size, run.seed, trial.original, *adapter, logging.eval_tofu,
+            logging.eval_generation_rows, logging.retain_reference,
         )  # fmt: skip
         if key not in self._tasks:
             while len(self._tasks) >= _MAX_TASKS:
@@ -66,40 +71,37 @@ class WarmParts:
             )
         return path
 
-    def model(self, trial: PlannedTrial, task: VisionTask) -> nn.Module:
-        """The model to change, with the original's weights. There is one for all trials from one original."""
-        return self._load(self._models, trial, task, is_trained=True)
+    def model(self, trial: PlannedTrial, task: Task) -> nn.Module:
+        """The model to change, with the original's weights. There is one for all trials from one original, and of one kind."""
+        original: Original = self._fetch(self._shared.originals[trial.original])
+        training = self._shared.plan.configs[trial.trial_id].training
+        adapter = tuple(getattr(training, name) for name in _OF_MODEL)
+        key = (trial.original, *adapter)
+        if key not in self._models:
+            self._models[key] = model = task.load_model(Path(original.path))
+            if changing_state(model).keys() != original.arrays.keys():  # such as a new adapter on a whole original
+                self._own_starts[key] = {name: value.clone() for name, value in changing_state(model).items()}
+        model = self._models[key]
+        # torch.tensor copies: the arrays are shared by all slots, and torch would write into them.
+        start = self._own_starts.get(key) or {name: torch.tensor(array) for name, array in original.arrays.items()}
+        load_changing_state(model, start)
+        for param in model.parameters():
+            param.grad = None
+        return model
 
-    def frozen(self, trial: PlannedTrial, task: VisionTask) -> nn.Module:
-        """The frozen original."""
-        return self._load(self._frozen, trial, task, is_trained=False)
-
-    def estimate(self, trial: PlannedTrial, task: VisionTask, config: TrainConfig, model: nn.Module) -> MemoryEstimate:
+    def estimate(self, trial: PlannedTrial, task: Task, run: TrainingRun) -> MemoryEstimate:
         """Bytes that a process of the trial should need at most; measured once for trials of a kind."""
-        needs_original = find_method(config.method_name).needs_original
+        config = run.config
         batch_size, optimizer = config.training.per_device_train_batch_size, config.optimizer_name
-        key = (trial.original, data_key(config), optimizer, batch_size, config.training.precision, needs_original)
+        key = (trial.original, data_key(config), optimizer, batch_size, config.training.precision, *_passes_of(run))
         if key not in self._estimates:
             self._estimates[key] = estimate_memory(
-                task,
-                model,
-                optimizer_name=optimizer,
-                size=self._size,
-                batch_size=batch_size,
-                precision=config.training.precision,
-                needs_original=needs_original,
+                task, run.engine, optimizer_name=optimizer, size=self._size, batch_size=batch_size
             )
         return self._estimates[key]
 
-    def _load(self, models: dict[str, nn.Module], trial: PlannedTrial, task: VisionTask, *, is_trained: bool) -> nn.Module:
-        key = trial.original
-        original: Original = self._fetch(self._shared.originals[key])
-        if key not in models:
-            models[key] = task.load_model(Path(original.path))
-        model = models[key]
-        # torch.tensor copies: the arrays are shared by all slots, and torch would write into them.
-        model.load_state_dict({name: torch.tensor(array) for name, array in original.arrays.items()})
-        for param in model.parameters():
-            param.requires_grad_(is_trained)
-            param.grad = None
-        return model
+
+def _passes_of(run: TrainingRun) -> tuple[bool, ...]:
+    """What decides how much a method's passes hold."""
+    method = run.method
+    return method.retain is not None, method.forget is not None, method.needs_original

@@ -23,7 +23,12 @@ SETTINGS_BY_NAME = {
     "NUM_TRAIN_EPOCHS": "num_train_epochs",
     "RAY_ADDRESS": "ray_address",
 }
-TEXT_NAMES = ("FORGET_PCT", "DUPLICATE_SPLIT", "ADD_DUPLICATE")
+TEXT_NAMES = {
+    "FORGET_PCT": "forget_pct",
+    "DUPLICATE_SPLIT": "duplicate_dataset_split",
+    "ADD_DUPLICATE": "add_duplicate_to_retain",
+}
+"""Names that mean something for text alone; read where the modality is llm."""
 
 
 class FromEnvironment(NamedTuple):
@@ -34,14 +39,16 @@ class FromEnvironment(NamedTuple):
     warnings: list[str]
 
 
-def read_environment(environ: Mapping[str, str]) -> FromEnvironment:
+def read_environment(environ: Mapping[str, str], *, modality: str = "vision") -> FromEnvironment:
     """Read the published names; an empty value counts as unset.
 
-    The names that are for text alone (`FORGET_PCT`, `DUPLICATE_SPLIT`, `ADD_DUPLICATE`) are told to have no effect.
+    The names that are for text alone (`FORGET_PCT`, `DUPLICATE_SPLIT`, `ADD_DUPLICATE`) are told to have no effect where the
+    modality is not "llm".
     """
+    names = SETTINGS_BY_NAME | (TEXT_NAMES if modality == "llm" else {})
     settings: dict[str, str] = {}
     sources: dict[str, str] = {}
-    for name, setting in SETTINGS_BY_NAME.items():
+    for name, setting in names.items():
         if environ.get(name, "").strip():
             settings[setting], sources[setting] = environ[name].strip(), f"environment {name}"
     address = settings.get("ray_address", "auto")
@@ -50,6 +57,6 @@ def read_environment(environ: Mapping[str, str]) -> FromEnvironment:
     warnings = [
         f"environment {name}={environ[name]}: for text, no effect on images"
         for name in TEXT_NAMES
-        if environ.get(name, "").strip() not in ("", "0")
+        if name not in names and environ.get(name, "").strip() not in ("", "0")
     ]
     return FromEnvironment(settings, sources, warnings)

@@ -7,13 +7,22 @@ from collections.abc import Callable, Iterable
 from hamu.data.sources import HUB_ALIASES
 from hamu.errors import HamuError
 from hamu.hub import DATASET, MODEL, Fetched, fetch_dataset, fetch_model
-from hamu.tasks.catalog import MODALITIES
+from hamu.tasks.catalog import MODALITIES, is_built_in, modality_of
+from hamu.training.config import TrainConfig
 from hamu.training.inputs import is_local_path
 
 _EMBEDDED = {
     MODEL: tuple(name for modality in MODALITIES.values() for name in modality.models),
     DATASET: tuple(name for modality in MODALITIES.values() for name in modality.datasets),
 }
+
+
+def fetch_for(configs: Iterable[TrainConfig], *, say: Callable[[str], None]) -> int:
+    """Fetch what the runs of some configurations under one artifact root need of the hub, as `fetch_all`."""
+    configs = list(configs)
+    models = [(config.run.model_name, config.run.model_revision) for config in configs]
+    rows = [row for config in configs for row in modality_of(config).hub_rows(config)]
+    return fetch_all(models, dict.fromkeys(rows), say=say, cache_dir=configs[0].dataset_cache_dir)
 
 
 def fetch_all(
@@ -86,7 +95,7 @@ def _by_repository(
 
 def _is_here(name: str, kind: str, say: Callable[[str], None]) -> bool:
     """Whether a name means nothing of the hub; this is said."""
-    is_embedded = any(name == known or (known.endswith("/") and name.startswith(known)) for known in _EMBEDDED[kind])
+    is_embedded = is_built_in(name, _EMBEDDED[kind])
     if is_embedded or is_local_path(name):
         say(f"{kind} {name}: {'embedded' if is_embedded else 'a path'}, nothing to fetch")
         return True

@@ -78,7 +78,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Parsed:
         HamuError: a flag or a value is not known, out of range, does not go with another, or points nowhere.
     """
     flags = _given_flags(argv)
-    below = read_environment(environ)
+    below = read_environment(environ, modality=str(flags.get("modality", "vision")))
     given: dict[str, Any] = {name: value for name, value in below.settings.items() if name not in flags}
     if "hamu_constraint" in flags:
         given.pop("constraint_ratio", None)  # another form of what a flag says already
@@ -127,14 +127,12 @@ def describe(parsed: Parsed, start: Path | None = None) -> str:
         "unlearning_method": config.method_name,
         "model_name": config.run.model_name,
         "dataset_name": config.data.dataset_name,
-        "forget_class": config.data.forget_class,
-        "hard_probability": config.data.hard_probability,
+        **_of_modality(config),
         "seed": config.run.seed,
         "num_train_epochs": config.training.num_train_epochs,
         "per_device_train_batch_size": config.training.per_device_train_batch_size,
         "learning_rate": config.lr,
         "optimizer": config.optimizer_name,
-        "freeze_batchnorm": config.freeze_batchnorm,
     }
     if config.is_hamu:
         resolved |= {
@@ -155,6 +153,19 @@ def describe(parsed: Parsed, start: Path | None = None) -> str:
     if start is not None:
         lines.append(f"  {'starts from':<{width}}  {start}")
     return "\n".join(lines)
+
+
+def _of_modality(config: TrainConfig) -> dict[str, Any]:
+    """What is said of every run on one kind of data."""
+    if not config.is_text:
+        return {name: getattr(config.data, name) for name in ("forget_class", "hard_probability")} | {
+            "freeze_batchnorm": config.freeze_batchnorm
+        }
+    from hamu.data.texts import resolve_sources
+
+    said: dict[str, Any] = {f"{part} rows": source.describe() for part, source in resolve_sources(config.data).items()}
+    training = config.training
+    return said | {"add_lora": f"r {training.lora_r}, alpha {training.lora_alpha:g}" if training.add_lora else False}
 
 
 class Cancelled(SystemExit):
@@ -251,12 +262,10 @@ def dry_run(config: TrainConfig) -> int:
     rows = ", ".join(f"{split} {session.task.n_rows(split)}" for split in ("retain", "forget", "test"))
     memory = estimate_memory(
         session.task,
-        planned.model,
+        planned.engine,
         optimizer_name=config.optimizer_name,
         size=config.run.num_workers,
         batch_size=config.training.per_device_train_batch_size,
-        precision=config.training.precision,
-        needs_original=planned.method.needs_original,
     )
     processes = f"{config.run.num_workers} processes" if config.is_split else "one process"
     print(f"plan\n  rows: {rows}\n  steps: {planned.total_steps}, in {processes}")
@@ -304,6 +313,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry of `python -m hamu.cli.train`; returns the exit code."""
     try:
         parsed = parse(sys.argv[1:] if argv is None else argv, os.environ)
+        if parsed.config.run.fetch:
+            from hamu.cli.fetch import fetch_for
+
+            return fetch_for([parsed.config], say=print)
         start = check_start(parsed.config)
         for line in parsed.warnings:
             print(f"warning: {line}", file=sys.stderr)

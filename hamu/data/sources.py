@@ -165,7 +165,9 @@ def read_train_labels(data: DataConfig) -> np.ndarray:
 
 def _open_train(data: DataConfig) -> tuple[OpenTable, str, str]:
     name = HUB_ALIASES.get(data.dataset_name, data.dataset_name)
-    table = open_table(name, data.dataset_split, subset=data.dataset_subset, cache_dir=data.dataset_cache_dir)
+    table = open_table(
+        name, data.dataset_split, subset=data.dataset_subset, cache_dir=data.dataset_cache_dir, revision=data.dataset_revision
+    )
     return (
         table,
         table.column(data.dataset_prompt_field, _IMAGE_COLUMNS, "dataset_prompt_field"),
@@ -177,7 +179,8 @@ def _open_test(data: DataConfig) -> tuple[OpenTable, str, str]:
     name = data.test_dataset_name or data.dataset_name
     subset = data.test_dataset_subset or (None if data.test_dataset_name else data.dataset_subset)
     split = data.test_dataset_split or "test"
-    table = open_table(HUB_ALIASES.get(name, name), split, subset=subset, cache_dir=data.dataset_cache_dir)
+    revision = None if data.test_dataset_name else data.dataset_revision
+    table = open_table(HUB_ALIASES.get(name, name), split, subset=subset, cache_dir=data.dataset_cache_dir, revision=revision)
     image_field = data.test_dataset_prompt_field or data.dataset_prompt_field
     label_field = data.test_dataset_response_field or data.dataset_response_field
     return (

@@ -144,6 +144,10 @@ class VisionTask(RowsInMemory):
         used = {"mean": list(self.mean), "std": list(self.std), "scale": self.data.scale}
         save_classifier(model, path, {**record, NORMALISATION: used})
 
+    def facts(self) -> dict[str, Any]:
+        """The data's classes and the pixels a side of its batches."""
+        return {"n_classes": self.data.n_classes, "side": self.default_side}
+
     def _per_channel(self, values: np.ndarray) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1)
 

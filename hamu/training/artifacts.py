@@ -6,13 +6,13 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hamu.errors import CheckpointError
 from hamu.models.record import RECORD_NAME
+from hamu.tasks.catalog import modality_of
 from hamu.training.config import TrainConfig
 from hamu.training.stop import StopReason
 
@@ -24,9 +24,8 @@ __all__ = [
 PUBLISHED = (StopReason.FINISHED, StopReason.TARGET)
 """Ends of a training run whose model is fit to start from; any other end leaves its model in the run's own folder."""
 
-_TASKS = {"uoft-cs/cifar10": "cifar", "cifar10": "cifar", "uoft-cs/cifar100": "cifar100"}
-_PACKAGES = ("torch", "torchvision", "transformers", "ray", "numpy")
-_DESCRIPTIONS = ("config.json", "classifier.json")
+_PACKAGES = ("torch", "torchvision", "transformers", "peft", "ray", "numpy")
+_DESCRIPTIONS = ("config.json", "classifier.json", "adapter_config.json")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
@@ -38,22 +37,23 @@ def canonical(config: TrainConfig) -> TrainConfig:
 
 
 def task_name(config: TrainConfig) -> str:
-    """Folder name of a task: "digits", "cifar", or the dataset's own name made fit for a path."""
-    name = config.data.dataset_name.rstrip("/")
-    short = name.rsplit("/", 1)[-1]
-    return _TASKS.get(name) or _TASKS.get(short) or re.sub(r"[^A-Za-z0-9_.-]+", "_", short).strip("._") or "data"
+    """Folder name of a task: "digits", "cifar", "tofu", or the dataset's own name made fit for a path."""
+    return modality_of(config).task_name(config)
 
 
 def trained_model_path(config: TrainConfig, *, variant: str) -> Path:
-    """Published place of a trained model: checkpoints/<task>/seed_<seed>/forget_<class>_<rho>/<variant>.
+    """Published place of a trained model: checkpoints/<task>/seed_<seed>/<group>/<variant>.
+
+    The group is forget_<class>_<rho> of images, of texts the forget subset; texts with duplicates among the retain rows have
+    variants of their own, such as full_semanticdup.
 
     Args:
         config: any configuration of the run that the model belongs to.
         variant: "full" (the original, which does not depend on rho: always under rho 0.0) or "retain" (trained on retain rows).
     """
-    rho = 0.0 if variant == "full" else float(config.data.hard_probability)
-    group = f"forget_{config.data.forget_class}_{rho}"
-    return Path(config.run.artifact_root) / "checkpoints" / task_name(config) / f"seed_{config.run.seed}" / group / variant
+    modality, root = modality_of(config), Path(config.run.artifact_root)
+    group, name = modality.group(config, variant), variant + modality.suffix(config)
+    return root / "checkpoints" / task_name(config) / f"seed_{config.run.seed}" / group / name
 
 
 def results_path(config: TrainConfig, recipe: str) -> Path:

@@ -19,7 +19,7 @@ from hamu.methods.names import HAMU_METHODS
 from hamu.training.fields import merge_known, settings_of
 from hamu.training.fit_settings import LogConfig, OptimConfig, steps_between
 from hamu.training.method_settings import DEFAULT_CONSTRAINT_RATIO, NO_METHOD, MethodConfig
-from hamu.training.run_settings import DataConfig, RunConfig
+from hamu.training.run_settings import DATASET_PARTS, DataConfig, RunConfig
 
 __all__ = [
     "ALIASES", "GROUPS", "KNOWN", "DataConfig", "LogConfig", "MethodConfig", "OptimConfig", "RunConfig", "TrainConfig",
@@ -48,13 +48,31 @@ _ROUNDING = 1e-9  # a ratio of exactly 1 must not fail by the rounding of ratio 
 
 # What ends a training run too, among the settings of the method.
 _LOSS_THRESHOLDS = ("stop_on_loss_thresholds", "retain_loss_stop_threshold", "forget_loss_stop_threshold")
+# What a kind of data takes in place of the fields' defaults, which are those of images.
+MODALITY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "vision": {},
+    "llm": {
+        "model_name": "tiny-llama",
+        "dataset_name": "authors",
+        "per_device_train_batch_size": 50,
+        "per_device_eval_batch_size": 64,
+    },
+}
+# What only the one or the other kind of data has; of the other it changes no result.
+VISION_ONLY = frozenset(("num_labels", "img_size", "forget_class", "hard_probability", "split_ratio"))
+_TEXT_ONLY = frozenset((
+    "dataset_repeat", "add_duplicate_to_retain", "strict", "chat_template", "max_length", "forget_pct", "add_lora", "lora_name",
+    "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "eval_generation_rows", "eval_tofu", "retain_reference",
+    *(f"{kind}_dataset_{part}" for kind in ("forget", "duplicate") for part in DATASET_PARTS),
+))  # fmt: skip
 # What does not change a result: places, pace of recording, and flags without a meaning for the numbers.
 _NOT_RECIPE = frozenset((
-    "output_dir", "final_model_output_dir", "artifact_root", "resume", "dry_run", "debug", "device",
+    "output_dir", "final_model_output_dir", "artifact_root", "resume", "dry_run", "fetch", "debug", "device",
     "backend", "ddp_timeout", "ray_address",
     "dataset_cache_dir", "no_torch_compile", "per_device_eval_batch_size", "gradient_checkpointing", "logging_strategy",
     "logging_steps", "longer_eval_steps", "eval_on_start", "eval_on_subsets", "eval_on_forget", "save_strategy",
-    "save_steps", "use_wandb", "wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags", "wandb_notes",
+    "save_steps", "use_wandb", "eval_generation_rows", "eval_tofu", "retain_reference",
+    "wandb_project", "wandb_entity", "wandb_run_name", "wandb_tags", "wandb_notes",
 ))  # fmt: skip
 
 
@@ -85,6 +103,7 @@ class TrainConfig:
             ConfigError: a key is unknown (the nearest is named), a value unreadable, or a check fails.
         """
         flat = merge_known(given, KNOWN, ALIASES)
+        flat = {**MODALITY_DEFAULTS.get(flat.get("modality", ""), {}), **flat}
         parts = {}
         for group, group_cls in GROUPS.items():
             parts[group] = group_cls(**{name: flat[name] for name in settings_of(group_cls) if name in flat})
@@ -105,7 +124,8 @@ class TrainConfig:
 
     def recipe_hash(self) -> str:
         """Eight hex digits that two configurations share if they compute the same numbers."""
-        flat = {name: value for name, value in self.to_flat().items() if name not in _NOT_RECIPE}
+        left_out = _NOT_RECIPE | (VISION_ONLY if self.is_text else _TEXT_ONLY)
+        flat = {name: value for name, value in self.to_flat().items() if name not in left_out}
         if not self.is_unlearning:
             kept = _LOSS_THRESHOLDS if self.method.stop_on_loss_thresholds else ()
             for name in settings_of(MethodConfig):
@@ -123,6 +143,11 @@ class TrainConfig:
     def method_name(self) -> str:
         """Name of the unlearning method; "none" when training."""
         return self.method.unlearning_method
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the rows are texts; else images."""
+        return self.run.modality == "llm"
 
     @property
     def is_unlearning(self) -> bool:

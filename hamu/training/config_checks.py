@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hamu.errors import ConfigError
+from hamu.training.run_settings import DATASET_PARTS
 
 if TYPE_CHECKING:
     from hamu.training.config import TrainConfig
 
 # Parameter tensors of the models built here, so that a fixed radius can be checked before a model is.
 KNOWN_BLOCKS = {"resnet20": 65}
-_FIELDS = ("name", "subset", "split", "prompt_field", "response_field")
+_TEXT_SETTINGS = frozenset(("gradient_checkpointing", "forget_pct", "strict", "chat_template", "max_length"))
 _HAMU_ONLY = (
     "hamu_constraint", "constraint_ratio", "hamu_radius", "use_lr_radius", "continue_on_failed_feasibility",
     "stop_on_stopping_criterion", "full_grad", "distribute_constraint_softmax_dp", "distribute_constraint_uniform",
@@ -27,10 +28,11 @@ def check_together(config: TrainConfig) -> None:
     """
     from hamu.training.config import check_constraint
 
-    if config.run.modality == "llm":
-        raise ConfigError("modality 'llm' arrives later; use --modality vision")
     _check_pairing(config)
-    _check_text_only(config)
+    if config.is_text:
+        _check_text(config)
+    else:
+        _check_text_only(config)
     lr_radius_or_whole = config.radius is None or config.method.full_grad
     blocks = 1 if lr_radius_or_whole else KNOWN_BLOCKS.get(config.run.model_name)
     if blocks is not None:
@@ -55,7 +57,7 @@ def _check_pairing(config: TrainConfig) -> None:
     n = config.run.num_workers
     if not config.is_split:
         if n > 1:
-            split = ", or pairing 'split-gpu'" if n % 2 == 0 and config.freeze_batchnorm else ""
+            split = ", or pairing 'split-gpu'" if n % 2 == 0 and (config.freeze_batchnorm or config.is_text) else ""
             raise ConfigError(f"pairing 'sequential' runs in one process, got num_workers {n}; use num_workers 1{split}")
         return
     alone = "gradient_pairing sequential with num_workers 1"
@@ -70,7 +72,7 @@ def _check_pairing(config: TrainConfig) -> None:
             f"device {device!r} does not go with pairing 'split-gpu'{' over nccl' * (device == 'cpu')}: each process gets a GPU "
             "of its own, or a core over gloo; use device cuda or cpu, or leave it out"
         )
-    if not config.freeze_batchnorm:
+    if not config.freeze_batchnorm and not config.is_text:
         freeze = "freeze_batchnorm True, or " if config.is_unlearning else ""
         raise ConfigError(
             "pairing 'split-gpu' needs frozen BatchNorm, got freeze_batchnorm False: running statistics would differ between "
@@ -78,10 +80,24 @@ def _check_pairing(config: TrainConfig) -> None:
         )
 
 
+def _check_text(config: TrainConfig) -> None:
+    """What texts cannot have."""
+    name, dataset = config.run.model_name, config.data.dataset_name
+    if name == "resnet20" or name.startswith("torchvision/"):
+        raise ConfigError(f"model_name {name!r} is for images; for text give tiny-llama, a hub name or a folder")
+    if dataset in ("digits", "cifar10", "cifar100"):
+        raise ConfigError(
+            f"dataset_name {dataset!r} holds images; for text give authors, tofu, waterdrum_tofu, a hub name, a folder or a file"
+        )
+
+
 def _check_text_only(config: TrainConfig) -> None:
     """What images cannot have, and what would change the result if it were ignored."""
     data, training = config.data, config.training
-    for part in _FIELDS:
+    if config.run.model_name == "tiny-llama" or data.dataset_name in ("authors", "tofu", "waterdrum_tofu"):
+        text = data.dataset_name if config.run.model_name != "tiny-llama" else "tiny-llama"
+        raise ConfigError(f"{text!r} is for text, and the modality is 'vision'; give --modality llm")
+    for part in DATASET_PARTS:
         given, base = getattr(data, f"forget_dataset_{part}"), getattr(data, f"dataset_{part}")
         if given is not None and given != base:
             raise ConfigError(
@@ -93,14 +109,18 @@ def _check_text_only(config: TrainConfig) -> None:
     if data.dataset_repeat != 1:
         raise ConfigError(f"dataset_repeat {data.dataset_repeat} is for text; for images multiply num_train_epochs by it instead")
     if training.add_lora:
-        raise ConfigError("add_lora is for text models; leave it out for images")
+        raise ConfigError("add_lora is for text models; leave it out for images, or give --modality llm")
+    if config.logging.eval_tofu or config.logging.eval_generation_rows:
+        raise ConfigError("eval_tofu and eval_generation_rows are for text; leave them out for images, or give --modality llm")
 
 
 def warnings_of(config: TrainConfig) -> list[str]:
     """One line for each setting that is given and has no effect, or an effect that voids a guarantee."""
+    from hamu.training.config import VISION_ONLY
+
     said: list[str] = []
     flat = config.to_flat()
-    defaults = type(config)().to_flat()
+    defaults = type(config).from_flat({"modality": config.run.modality}).to_flat()
     given = {name for name, value in flat.items() if value != defaults[name]}
     if not config.is_hamu:
         without = [name for name in _HAMU_ONLY if name in given]
@@ -110,7 +130,7 @@ def warnings_of(config: TrainConfig) -> list[str]:
         said.append("use_optimizer: AdamW changes HAMU's step, so its radius and constraint are not guaranteed")
     if config.is_hamu and config.method.use_lr_radius and config.method.hamu_radius is not None:
         said.append(f"hamu_radius {config.method.hamu_radius:g}: no effect with use_lr_radius; leave one of them out")
-    if not config.is_unlearning and config.data.add_forget_to_train and config.data.hard_probability:
+    if not (config.is_text or config.is_unlearning) and config.data.add_forget_to_train and config.data.hard_probability:
         said.append(f"hard_probability {config.data.hard_probability:g}: no effect, an original is trained with 0 for every rho")
     if not config.is_unlearning and config.method.use_optimizer:
         said.append("use_optimizer: no effect, training always uses AdamW")
@@ -126,13 +146,19 @@ def warnings_of(config: TrainConfig) -> list[str]:
     thresholds = {"retain_loss_stop_threshold", "forget_loss_stop_threshold"}
     if given & thresholds and not config.method.stop_on_loss_thresholds:
         said.append("loss thresholds: no effect without stop_on_loss_thresholds")
-    said += [f"{name}: for text, no effect on images" for name in sorted(given) if _is_idle_text(name)]
+    if config.is_text:
+        said += [f"{name}: for images, no effect on text" for name in sorted(given & VISION_ONLY)]
+        lora = sorted(name for name in given if name.startswith("lora_"))
+        if lora and not config.training.add_lora:
+            said.append(f"{', '.join(lora)}: no effect without add_lora")
+    else:
+        said += [f"{name}: for text, no effect on images" for name in sorted(given) if _is_idle_text(name)]
     said += _logging_warnings(config, given)
     return said
 
 
 def _is_idle_text(name: str) -> bool:
-    return name.startswith(("duplicate_dataset_", "lora_")) or name == "gradient_checkpointing"
+    return name.startswith(("duplicate_dataset_", "lora_")) or name in _TEXT_SETTINGS
 
 
 def _logging_warnings(config: TrainConfig, given: set[str]) -> list[str]:

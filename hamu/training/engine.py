@@ -8,7 +8,7 @@ role, and the combination of one shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,7 +40,7 @@ class BatchLike(Protocol):
 class LogitsTask(Protocol):
     """What the engine asks of a task."""
 
-    def logits(self, model: nn.Module, batch: Any) -> Tensor:
+    def logits(self, model: Callable[..., Any], batch: Any) -> Tensor:
         """Logits of every label of a batch, shape (n_labels, classes)."""
         ...
 
@@ -66,7 +66,7 @@ class PairedEngine:
         model: its parameters that require gradients are the blocks.
         method: objectives and rule.
         settings: the method's hyper-parameters.
-        original: frozen original model, for methods that need it.
+        original: the frozen original, for `LogitsTask.logits`, of methods that need it.
         freeze_batchnorm: keep BatchNorm's running statistics fixed (its affine parameters train).
         autocast: dtype of the passes, None for the parameters' own; Grams, weights and update keep the parameters' dtype. With
             float16 losses are scaled before the backward pass, and the scale is taken out of the weights.
@@ -81,7 +81,7 @@ class PairedEngine:
         method: Method,
         *,
         settings: MethodSettings | None = None,
-        original: nn.Module | None = None,
+        original: Callable[..., Any] | None = None,
         freeze_batchnorm: bool = True,
         autocast: torch.dtype | None = None,
         compile_model: bool = False,

@@ -38,7 +38,8 @@ def evaluate(
             would have found.
 
     Returns:
-        `{retain,forget,test}_{loss,accuracy,entropy}` (nats; accuracy in [0, 1]) and membership AUCs:
+        `{retain,forget,test}_{loss,accuracy,entropy,probability,min_k}` (nats; accuracy, of texts that of answer tokens, and
+        probability, the mean of exp(-loss), in [0, 1]) and membership AUCs:
         `retain_forget_loss_auc` = P(forget loss > retain loss), `forget_test_loss_auc` = P(test loss > forget loss),
         `retain_forget_min_k_auc` = P(retain score > forget score), `forget_test_min_k_auc` = P(forget score > test score).
         Splits without rows are left out.
@@ -52,13 +53,12 @@ def evaluate(
         n_rows = task.n_rows(split)
         if n_rows == 0:
             continue
-        batches = torch.arange(n_rows).split(batch_size)
+        batches = task.parts(split, torch.arange(n_rows), batch_size)
         scores = torch.empty(n_rows, 4, dtype=torch.float64, device=task.device)
         for positions in batches[group.rank :: group.size]:
             batch = task.batch(split, positions)
             with autocast:
-                logits = task.logits(model, batch)
-            rows = task.row_scores(logits, batch)
+                rows = task.row_scores(model, batch)
             scores[positions] = torch.stack([rows.loss, rows.min_k, rows.correct.double(), rows.entropy], dim=1)
         if group.size > 1:
             scores = _of_all(scores, batches, group)
@@ -66,6 +66,8 @@ def evaluate(
         metrics[f"{split}_loss"] = float(losses[split].mean())
         metrics[f"{split}_accuracy"] = float(scores[:, 2].mean())
         metrics[f"{split}_entropy"] = float(scores[:, 3].mean())
+        metrics[f"{split}_probability"] = float(torch.exp(-scores[:, 0]).mean())
+        metrics[f"{split}_min_k"] = float(scores[:, 1].mean())
     for name, negatives, positives in (("retain_forget", "retain", "forget"), ("forget_test", "forget", "test")):
         if negatives in losses and positives in losses:
             metrics[f"{name}_loss_auc"] = auc(losses[negatives], losses[positives])

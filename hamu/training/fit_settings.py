@@ -28,17 +28,20 @@ class OptimConfig:
     max_grad_norm: float = setting(1.0, "each of the two gradients is clipped to this L2 norm first")
     fp16: bool = setting(False, "float16 autocast (GPU)")
     bf16: bool = setting(False, "bfloat16 autocast of the forward pass")
-    gradient_checkpointing: bool = setting(False, "text: recompute activations to save memory")
+    gradient_checkpointing: bool = setting(False, "text: recompute activations in the backward pass, to save memory")
     no_torch_compile: bool = setting(False, "do not compile the model (never compiled on a CPU)")
     select_best_model_by_subset_accuracy: bool = setting(
         False, "training: keep the best evaluated model, by retain (and, for the original, forget) accuracy"
     )
     target_test_accuracy: float | None = setting(None, "end at the first evaluation with this test accuracy, in (0, 1]")
-    add_lora: bool = setting(False, "text: train a LoRA adapter")
-    lora_name: str = setting("added", "text: name of the adapter")
-    lora_r: int = setting(16, "text: its rank")
-    lora_alpha: int = setting(32, "text: its scale")
-    lora_dropout: float = setting(0.05, "text: its dropout")
+    add_lora: bool = setting(
+        False, "text: train a LoRA adapter on the frozen model; unlearning goes on with the adapter that its model has"
+    )
+    lora_name: str = setting("default", "text: name of the adapter")
+    lora_r: int = setting(8, "text: its rank")
+    lora_alpha: float = setting(16.0, "text: its scale, times 1 / rank")
+    lora_dropout: float = setting(0.0, "text: its dropout, in [0, 1)")
+    lora_targets: str = setting("all-linear", "text: modules that get it, by name with commas; all-linear: every projection")
 
     def __post_init__(self) -> None:
         check_range("num_train_epochs", self.num_train_epochs, above=0)
@@ -50,7 +53,8 @@ class OptimConfig:
         check_choice("lr_scheduler_type", self.lr_scheduler_type, LR_SCHEDULES)
         check_range("max_grad_norm", self.max_grad_norm, above=0, mend="a large number clips nothing")
         check_range("target_test_accuracy", self.target_test_accuracy, above=0, high=1)
-        check_range("lora_dropout", self.lora_dropout, low=0, high=1)
+        check_range("lora_alpha", self.lora_alpha, above=0)
+        check_range("lora_dropout", self.lora_dropout, low=0, high=0.99)
         if self.fp16 and self.bf16:
             raise ConfigError("fp16 and bf16 are both given; autocast has one type: give one")
 
@@ -77,6 +81,15 @@ class LogConfig:
     eval_on_start: bool = setting(False, "no meaning here: an evaluation before the start is always made")
     eval_on_subsets: bool = setting(False, "no meaning here: retain, forget and test rows are always evaluated")
     eval_on_forget: bool = setting(False, "no meaning here: forget rows are always evaluated")
+    eval_generation_rows: int = setting(
+        0, "text: rows of each split whose answers are generated at the end, for ROUGE-L recall; 0: none"
+    )
+    eval_tofu: bool = setting(
+        False, "text: TOFU's truth ratio, forget quality and model utility at the end (its perturbed files)"
+    )
+    retain_reference: str | None = setting(
+        None, "text: folder of the retain-only model that forget quality compares with (evaluated with eval_tofu)"
+    )
     save_strategy: str = setting("epoch", "when a checkpoint to resume from is written: no, steps or epoch")
     save_steps: float | None = setting(None, "every so many steps; below 1: that fraction of an epoch")
     use_wandb: bool = setting(False, "Weights & Biases (off unless asked for; arrives later)")
@@ -91,6 +104,11 @@ class LogConfig:
             check_choice(f"{name}_strategy", getattr(self, f"{name}_strategy"), STRATEGIES)
             if (every := getattr(self, f"{name}_steps")) is not None:
                 steps_between(every, 1, name=f"{name}_steps")
+        check_range("eval_generation_rows", self.eval_generation_rows, low=0)
+        if self.retain_reference is not None and not self.eval_tofu:
+            raise ConfigError(
+                f"retain_reference {self.retain_reference!r} is for forget quality; give --eval_tofu, which measures it"
+            )
         if self.save_strategy == "steps" and self.save_steps is None:
             raise ConfigError("save_strategy 'steps' needs save_steps; give it, or use save_strategy epoch")
 

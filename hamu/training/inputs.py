@@ -9,21 +9,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-from hamu.errors import CheckpointError, DataError
+from hamu.errors import CheckpointError
+from hamu.tasks.catalog import MODALITIES, is_built_in, modality_of
 from hamu.training.artifacts import check_replaceable, holds_model, read_record, recipe_at, trained_model_path
 from hamu.training.config import TrainConfig
 
-# Classes of the datasets known by name, so that a class that does not exist is refused before anything is loaded.
-KNOWN_CLASSES = {"digits": 10, "cifar10": 10, "uoft-cs/cifar10": 10, "cifar100": 100, "uoft-cs/cifar100": 100}
+_BUILT_IN = tuple(name for modality in MODALITIES.values() for name in modality.models)
 _HOW_TO_TRAIN = "train it with --unlearning_method none --add_forget_to_train"
 
 
 def is_local_path(name: str) -> bool:
     """Whether a model or dataset name means a folder: absolute, begins with . or ~, has two separators, or exists.
 
-    The built-in names (`resnet20`, `torchvision/<name>`) never do, whatever lies in the working directory.
+    The built-in names (`resnet20`, `tiny-llama`, `torchvision/<name>`) never do, whatever lies in the working directory.
     """
-    if name == "resnet20" or name.startswith("torchvision/"):
+    if is_built_in(name, _BUILT_IN):
         return False
     return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or Path(name).expanduser().exists()
 
@@ -33,7 +33,7 @@ def check_inputs(config: TrainConfig) -> None:
 
     Raises:
         CheckpointError: `model_name` is a path without a model in it, or `final_model_output_dir` holds something else.
-        DataError: the local dataset is missing or lacks a column or split, or `forget_class` is not one of its classes.
+        DataError: the local dataset is missing or lacks a column or split, or its forget set cannot be drawn.
     """
     name = config.run.model_name
     if is_local_path(name):
@@ -41,17 +41,17 @@ def check_inputs(config: TrainConfig) -> None:
         if not folder.is_dir():
             raise CheckpointError(
                 f"model_name '{name}' is not a folder; train it first (--unlearning_method none "
-                f"--add_forget_to_train --final_model_output_dir '{name}'), or give resnet20 or a hub name"
+                f"--add_forget_to_train --final_model_output_dir '{name}'), or give "
+                f"{modality_of(config).models[0]} or a hub name"
             )
         if not holds_model(folder) and not (folder / "record.json").is_file():
             raise CheckpointError(f"model_name '{name}' has no config.json or record.json; give a saved model")
-    dataset = config.data.dataset_name
-    if dataset not in KNOWN_CLASSES and is_local_path(dataset):
-        _check_folder(config)
-    n_classes = KNOWN_CLASSES.get(dataset)
-    if n_classes is not None and config.data.forget_class >= n_classes:
-        raise DataError(
-            f"forget_class {config.data.forget_class} does not exist in {dataset}; its classes are 0 to {n_classes - 1}"
+    modality_of(config).check_rows(config)
+    reference = config.logging.retain_reference
+    if reference is not None and not holds_model(Path(reference).expanduser()):
+        raise CheckpointError(
+            f"retain_reference '{reference}' is no model folder; give that of a model trained without the forget rows "
+            "(--unlearning_method none, without --add_forget_to_train)"
         )
     if config.run.final_model_output_dir:
         check_replaceable(Path(config.run.final_model_output_dir))
@@ -144,20 +144,3 @@ def start_differences(
 def siblings(path: Path) -> list[str]:
     """The models that lie beside a published place, `<name>-<recipe>` each, as paths."""
     return sorted(str(other) for other in path.parent.glob(f"{path.name}-*") if other.is_dir())
-
-
-def _check_folder(config: TrainConfig) -> None:
-    """Open a local dataset, and draw the forget set from its labels; no image is decoded."""
-    data = config.data
-    if not Path(data.dataset_name).expanduser().is_dir():
-        raise DataError(f"dataset_name '{data.dataset_name}' is not a folder; give one, a hub name, or digits")
-    from hamu.data.sources import read_train_labels
-    from hamu.data.splits import draw_forget_set
-
-    draw_forget_set(
-        read_train_labels(data),
-        forget_class=data.forget_class,
-        rho=data.hard_probability,
-        seed=config.run.seed,
-        split_ratio=data.split_ratio,
-    )

@@ -1,6 +1,6 @@
 """One run from its first step to its end: `TrainingRun` is the loop that every entry shares (CLI, sweep, `hamu.unlearn`).
 
-run = TrainingRun(config, task, model, original=original)
+run = TrainingRun(config, task, model)
 for report in run:      # one dict per recorded step or evaluation
     ...
 run.result
@@ -8,10 +8,9 @@ run.result
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from hamu.methods.core import descend_retain
 from hamu.methods.objectives import cross_entropy
 from hamu.tasks.base import Task
 from hamu.training.batches import BatchPlan, rows_of_roles
-from hamu.training.checkpoints import load_checkpoint, save_checkpoint
+from hamu.training.checkpoints import changing_state, load_changing_state, load_checkpoint, save_checkpoint
 from hamu.training.config import TrainConfig, check_constraint
 from hamu.training.ends import End, end_of_metrics, end_of_step, has_reached_target
 from hamu.training.engine import PRECISIONS, PairedEngine, StepReport
@@ -62,7 +61,7 @@ class TrainingRun:
             on the split "train".
         task: data, batches and scores.
         model: changed in place; on the task's device.
-        original: frozen original model, for methods that need one; default: a copy of `model` as it is now.
+        original: frozen original model, for methods that need one; default: `model` as it is now (`Task.frozen`).
         recorder: gets one row per recorded step and per evaluation; of a group the first process has it.
         checkpoint_path: where to save, by `save_strategy`; a file that is there already is resumed from.
         group: processes that share the run. All build it alike, on a common file system, and call it in lockstep: each
@@ -81,7 +80,7 @@ class TrainingRun:
         task: Task,
         model: nn.Module,
         *,
-        original: nn.Module | None = None,
+        original: Callable[..., Any] | None = None,
         recorder: Recorder | None = None,
         checkpoint_path: Path | None = None,
         group: Group | None = None,
@@ -90,8 +89,8 @@ class TrainingRun:
         self.config, self.task, self.model = config, task, model
         self.group = group or Group.alone(next(model.parameters()).device)
         self.method = find_method(config.method_name) if config.is_unlearning else TRAINING
-        if self.method.needs_original:
-            original = (copy.deepcopy(model) if original is None else original).eval().requires_grad_(False)
+        if self.method.needs_original and original is None:
+            original = task.frozen(model)
         self._recorder, self._checkpoint_path, self._adopts = recorder, checkpoint_path, adopt_checkpoint
         self.engine = PairedEngine(
             task,
@@ -101,7 +100,7 @@ class TrainingRun:
             original=original,
             freeze_batchnorm=config.freeze_batchnorm,
             autocast=PRECISIONS[config.training.precision],
-            compile_model=not config.training.no_torch_compile and next(model.parameters()).is_cuda,
+            compile_model=task.can_compile and not config.training.no_torch_compile and next(model.parameters()).is_cuda,
             group=self.group,
         )
         check_constraint(config, self.engine.layout.n_blocks)
@@ -269,7 +268,7 @@ class TrainingRun:
                 "step": self.step,
                 "train_s": self.train_s,
                 "wall_s": time.perf_counter() - self._started,
-                "model": self.model.state_dict(),
+                "model": changing_state(self.model),
                 "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
                 "average_retain": average_retain,
                 "rng": rng.cpu(),
@@ -292,7 +291,7 @@ class TrainingRun:
                 f"{self.config.recipe_hash()}; a run resumes with the settings it began with: give those, or another "
                 "output folder"
             )
-        self.model.load_state_dict(state["model"])
+        load_changing_state(self.model, state["model"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         self.engine.average_retain = state["average_retain"]
@@ -313,7 +312,7 @@ class TrainingRun:
         Raises:
             RuntimeError: they differ, on every process.
         """
-        if self.group.size > 1 and not self.group.have_same_bits(list(self.model.state_dict().values())):
+        if self.group.size > 1 and not self.group.have_same_bits(list(changing_state(self.model).values())):
             raise RuntimeError(
                 f"the {self.group.size} processes hold different weights after step {self.step}, so nothing of this run can be "
                 "trusted; run it with gradient_pairing sequential, and report the model and the hardware"
@@ -323,9 +322,10 @@ class TrainingRun:
         if self._evaluated_at != self.step:
             yield self._evaluation()
         if self._best:
-            self.model.load_state_dict(self._best["model"])
+            load_changing_state(self.model, self._best["model"])
             self._after = self._best["metrics"]
         self._check_same_bits()
+        self._after = self._after | self._extra_metrics()
         reason = self._stop or StopReason.FINISHED
         self.result = RunResult(
             stop_reason=reason,
@@ -348,7 +348,7 @@ class TrainingRun:
         for role, split in ((RETAIN, self._train_split), (FORGET, "forget")):
             rows = rows_of_role[role]
             share, n_shares = self.engine.pair.share(role)
-            own = () if rows is None or share is None else rows.tensor_split(n_shares)[share].split(size)
+            own = [] if rows is None or share is None else self.task.parts(split, rows.tensor_split(n_shares)[share], size)
             parts.append([self.task.batch(split, part) for part in own if len(part)])
         return parts[0], parts[1]
 
@@ -387,6 +387,15 @@ class TrainingRun:
         self._after, self._evaluated_at = metrics, self.step
         return metrics
 
+    def _extra_metrics(self) -> dict[str, float]:
+        """Measure what the task has to say of the final model, beside its row scores."""
+        started = time.perf_counter()
+        self.model.eval()
+        with self.engine.autocast():
+            metrics = self.task.extra_metrics(self.model)
+        self.train_s += time.perf_counter() - started
+        return metrics
+
     def _keep_best(self, metrics: dict[str, float]) -> None:
         """Training: remember the best model by retain accuracy, or for the original by the mean of retain and forget accuracy."""
         if self.config.is_unlearning or not self.config.training.select_best_model_by_subset_accuracy:
@@ -395,7 +404,7 @@ class TrainingRun:
         if self._train_split == "train":
             score = (score + metrics["forget_accuracy"]) / 2
         if not self._best or score > self._best["score"]:
-            state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+            state = {name: value.detach().clone() for name, value in changing_state(self.model).items()}
             self._best = {"score": score, "step": self.step, "model": state, "metrics": dict(metrics)}
 
     @property

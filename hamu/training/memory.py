@@ -1,7 +1,7 @@
 """How much memory a run will take in each of its processes, before it starts; and how much it took.
 
-The activations are measured, not modelled: a pass over one row and one over two tell what a row adds to what the backward pass
-keeps, and a batch is that many rows.
+The passes are measured, not modelled: the gradients of one row and of two tell what a row adds to the most that is held at once,
+and a batch is that many rows.
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import contextlib
 import ctypes
 import dataclasses
 import resource
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from hamu.scores import cross_entropy_rows
-from hamu.training.engine import PRECISIONS
+from hamu.training.engine import BATCH_NORM, PairedEngine
+from hamu.training.pairs import FORGET, RETAIN
 
 if TYPE_CHECKING:
     from hamu.tasks.base import Task
@@ -40,7 +43,7 @@ class MemoryEstimate:
     original: int
     """The frozen original model, for methods that need it."""
     activations: int
-    """What the forward pass of one batch keeps for the backward pass."""
+    """The most that the passes over a batch hold at once: what the forward pass keeps, logits, what the backward pass needs."""
     data: int
     """The task's rows, on the device."""
 
@@ -56,38 +59,32 @@ class MemoryEstimate:
         return f"about {_size(self.total)} a process ({said}), besides Python and its libraries"
 
 
-def estimate_memory(
-    task: Task,
-    model: nn.Module,
-    *,
-    optimizer_name: str,
-    size: int,
-    batch_size: int,
-    precision: str,
-    needs_original: bool,
-) -> MemoryEstimate:
-    """Estimate what each process of a run takes. The model's mode and gradients, and the random state, are left as they are.
+def estimate_memory(task: Task, engine: PairedEngine, *, optimizer_name: str, size: int, batch_size: int) -> MemoryEstimate:
+    """Estimate what each process of a run takes. The engine's gradients are overwritten; the model and its mode, and the random
+    state, are left as they are.
 
     Args:
-        task: data and batches.
-        model: on the task's device.
+        task: rows and batches.
+        engine: of the run; its passes are measured, those of the original model too.
         optimizer_name: "sgd" (no state) or "adamw" (two numbers a parameter).
         size: processes that share a step; 1: sequential.
         batch_size: rows of a pass.
-        precision: "fp32", "bf16" or "fp16", of the passes.
-        needs_original: whether the method reads the original model.
     """
-    params = [param for param in model.parameters() if param.requires_grad]
-    weights = _bytes_of([*model.parameters(), *model.buffers()])
-    trained = _bytes_of(params)
+    model = engine.model
+    trained = _bytes_of(engine.params)
     shards = 2 * trained if size == 2 else trained * 2 + 2 * trained // size  # own role and what arrives; a table besides
-    one, two = (_kept_for_backward(task, model, n_rows, precision) for n_rows in (1, 2))
+    splits = [split for split, role in (("retain", engine.method.retain), ("forget", engine.method.forget)) if role]
+    one, two = (_most_held(task, engine, n_rows) for n_rows in (1, 2))
+    n_probes = max(task.n_probes(split, batch_size) for split in splits)
+    original = engine.original
     return MemoryEstimate(
-        weights=weights,
+        weights=_bytes_of([*model.parameters(), *model.buffers()]),
         gradients=2 * trained if size == 1 else shards,
         optimizer=2 * trained if optimizer_name == "adamw" else 0,
-        original=weights if needs_original else 0,
-        activations=one + max(0, two - one) * (batch_size - 1),
+        original=_bytes_of([*original.parameters(), *original.buffers()])
+        if isinstance(original, nn.Module)
+        else getattr(original, "n_bytes", 0),
+        activations=int(one + max(0, two - one) * (n_probes - 1)),
         data=task.n_bytes,
     )
 
@@ -132,30 +129,58 @@ def is_device_error(error: BaseException) -> bool:
     )
 
 
-def _kept_for_backward(task: Task, model: nn.Module, n_rows: int, precision: str) -> int:
-    """Bytes that a forward pass over some forget rows keeps for the backward pass, parameters and buffers excluded."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+class _Held(TorchDispatchMode):
+    """Counts the bytes of the storages that operations make while they live; those in `known` are not counted."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = known
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place, n_bytes = storage._cdata, storage.nbytes()
+        if place in self._known:
+            return
+        self._known.add(place)
+        self.now += n_bytes
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._forget, place, n_bytes).atexit = False
+
+    def _forget(self, place: int, n_bytes: int) -> None:
+        self._known.discard(place)
+        self.now -= n_bytes
+
+
+def _most_held(task: Task, engine: PairedEngine, n_rows: int) -> int:
+    """The most bytes that the passes of both roles over some rows each hold at once, beside what outlives them."""
+    model, method, pair = engine.model, engine.method, engine.pair
+    splits = (method.retain and "retain", method.forget and "forget")
+    lasting: list[Any] = [*model.parameters(), *model.buffers(), *engine.params, pair.table]
+    for role in (RETAIN, FORGET):
+        lasting += pair.views(role) or []
     modes = {module: module.training for module in model.modules()}
-    model.eval()  # one row is too few for BatchNorm's statistics, and none are to change
-    autocast = torch.autocast(task.device.type, dtype=dtype) if (dtype := PRECISIONS[precision]) else contextlib.nullcontext()
+    grads = [param.grad for param in engine.params]
+    engine.set_training_mode()
+    for module in model.modules():
+        if isinstance(module, BATCH_NORM):
+            module.eval()  # one row is too few for its statistics, and none are to change
+    held = _Held({tensor.untyped_storage()._cdata for tensor in lasting if tensor is not None})
     try:
-        batch: Any = task.batch("forget", torch.arange(n_rows) % task.n_rows("forget"))
-        with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-            # The graph must live until all is counted, so that no storage is used twice.
-            losses = cross_entropy_rows(task.logits(model, batch), batch.labels)
-        del losses
+        with torch.random.fork_rng(), held:
+            engine.gradients(*([task.batch(s, task.probe_rows(s, n_rows))] if s else [] for s in splits))
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return sum(kept.values())
+        for param, grad in zip(engine.params, grads, strict=True):
+            param.grad = grad
+    return held.most
 
 
 def _bytes_of(tensors: list[Any]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import logging
 import os
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hamu.data.sources import ImageData, load_image_data
 from hamu.errors import CheckpointError, ConfigError
 from hamu.models.record import json_text
-from hamu.tasks.vision import VisionTask, task_for
+from hamu.tasks.base import Data, Task
+from hamu.tasks.catalog import modality_of
 from hamu.training.artifacts import (
     PUBLISHED,
     RECORD_NAME,
@@ -42,11 +41,24 @@ from hamu.training.progress import watch
 logger = logging.getLogger(__name__)
 
 
-def load_data(config: TrainConfig) -> ImageData:
-    """Load the dataset of a configuration, with the decoded-image cache under its artifact root."""
-    return load_image_data(
-        dataclasses.replace(config.data, dataset_cache_dir=config.dataset_cache_dir), img_size=config.run.img_size
-    )
+def load_data(config: TrainConfig) -> Data:
+    """Load the dataset of a configuration, with its cache under the artifact root."""
+    return modality_of(config).load_data(config)
+
+
+def task_for(config: TrainConfig, data: Data, *, device: torch.device | str, start: Path | None = None) -> Task:
+    """Make the task of a configuration on loaded rows.
+
+    Args:
+        config: the settings.
+        data: the rows.
+        device: of batches and models.
+        start: folder of the model that will be loaded, which may say how its inputs are made; None: a new one by `model_name`.
+
+    Raises:
+        HamuError: the rows, the model or the settings do not fit each other.
+    """
+    return modality_of(config).make_task(config, data, device=device, start=start)
 
 
 def choose_device(config: TrainConfig) -> torch.device:
@@ -68,7 +80,7 @@ def published_path(config: TrainConfig) -> Path:
     return trained_model_path(config, variant="full" if config.data.add_forget_to_train else "retain")
 
 
-def provide_model(config: TrainConfig, data: ImageData, *, progress: bool = False) -> Path:
+def provide_model(config: TrainConfig, data: Data, *, progress: bool = False) -> Path:
     """Give the folder of the model that a training configuration describes, training it if it is not there yet.
 
     Two processes that ask for the same model train it once: the second waits for the first.
@@ -107,7 +119,8 @@ def provide_model(config: TrainConfig, data: ImageData, *, progress: bool = Fals
         split = task.forget_set.sha256
         record = make_record(config, data_sha256=data.sha256, split_sha256=split, result=run.result.row(), start_model=start)
         save_model(task, model, path, record)
-        logger.info("trained %s: test accuracy %.4f", path, run.result.after["test_accuracy"])
+        split = "test" if "test_accuracy" in run.result.after else "retain"
+        logger.info("trained %s: %s accuracy %.4f", path, split, run.result.after[f"{split}_accuracy"])
     return path
 
 
@@ -145,7 +158,7 @@ def warn_of_missed_target(config: TrainConfig, result: RunResult) -> None:
         )
 
 
-def publish_model(config: TrainConfig, task: VisionTask, model: nn.Module, record: Mapping[str, Any]) -> Path:
+def publish_model(config: TrainConfig, task: Task, model: nn.Module, record: Mapping[str, Any]) -> Path:
     """Save a trained model at its published place, under the same lock as `provide_model`; returns the place.
 
     The place is chosen when it is written, so that a model that came there meanwhile is not overwritten.
@@ -157,7 +170,7 @@ def publish_model(config: TrainConfig, task: VisionTask, model: nn.Module, recor
     return path
 
 
-def save_model(task: VisionTask, model: nn.Module, path: Path, record: Mapping[str, Any]) -> None:
+def save_model(task: Task, model: nn.Module, path: Path, record: Mapping[str, Any]) -> None:
     """Write a model folder that is complete when it is there; a folder of the same recipe is replaced, nothing else.
 
     Raises:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from hamu.tasks.tofu_names import TOFU_COLUMNS
+
 if TYPE_CHECKING:
     from hamu.training.config import TrainConfig
 
@@ -20,9 +22,9 @@ IDENTITY_FIELDS = [
     ("constraint_ratio", pa.float64()), ("split_sha256", pa.string()),
 ]  # fmt: skip
 METRIC_COLUMNS = (
-    *(f"{split}_{metric}" for split in SPLITS for metric in ("loss", "accuracy", "entropy")),
+    *(f"{split}_{metric}" for split in SPLITS for metric in ("loss", "accuracy", "entropy", "probability", "min_k")),
     "retain_forget_loss_auc", "forget_test_loss_auc", "retain_forget_min_k_auc", "forget_test_min_k_auc",
-    "forget_quality", "retain_utility",
+    "forget_quality", "retain_utility", *(f"{split}_rouge" for split in SPLITS), *TOFU_COLUMNS,
 )  # fmt: skip
 STEP_COLUMNS = (
     "retain_batch_loss", "forget_batch_loss", "retain_grad_norm", "forget_grad_norm", "kappa", "gradient_product",
@@ -38,8 +40,8 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
     return {
         "method": config.method_name,
         "seed": config.run.seed,
-        "rho": config.data.hard_probability,
-        "forget_class": config.data.forget_class,
+        "rho": None if config.is_text else config.data.hard_probability,
+        "forget_class": None if config.is_text else config.data.forget_class,
         "learning_rate": config.lr,
         "constraint_ratio": config.constraint_ratio,
     }

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hamu.errors import ConfigError
-from hamu.training.fields import check_choice, check_range, setting
+from hamu.training.fields import check_choice, check_range, setting, switch
 
 MODALITIES = ("vision", "llm")
 PAIRINGS = ("sequential", "split-gpu")
 BACKENDS = ("nccl", "gloo")
+DATASET_PARTS = ("name", "subset", "split", "prompt_field", "response_field")
+"""What names a source of rows: `dataset_<part>`, and the same with `forget_`, `duplicate_`, `test_` before it."""
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 ADDRESS = re.compile(r"auto|([^\s:/]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 
@@ -31,10 +33,13 @@ class RunConfig:
 
     _argument_group_name: ClassVar[str] = "run"
 
-    modality: str = setting("vision", "vision or llm (llm arrives later)")
+    modality: str = setting("vision", "vision (images), or llm (text)")
     model_name: str = setting(
-        "resnet20", "resnet20, torchvision/<name>, a hub name, or a model folder (unlearning starts from it)"
+        "resnet20",
+        "resnet20, torchvision/<name>, a hub name, or a model folder (unlearning starts from it); "
+        "text: tiny-llama (the default), a hub name or a folder (of an adapter too)",
     )
+    model_revision: str | None = setting(None, "commit, tag or branch of a hub model; default: main")
     num_labels: int | None = setting(None, "classes of the model; default: those of the dataset")
     img_size: int | None = setting(None, "resize images to this many pixels a side; default: as they are")
     seed: int = setting(42, "seed of the forget set, the initial weights and the order (see shuffle_seed)")
@@ -54,6 +59,7 @@ class RunConfig:
     artifact_root: str = setting("artifacts", "root of checkpoints, results and caches")
     resume: bool = setting(False, "go on from the last checkpoint of the same run")
     dry_run: bool = setting(False, "print what would run and stop")
+    fetch: bool = setting(False, "bring the model and the dataset from the hub into the cache, once and with a network, and stop")
     debug: bool = setting(False, "show tracebacks")
 
     def __post_init__(self) -> None:
@@ -88,11 +94,21 @@ class DataConfig:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    dataset_name: str = setting("digits", "digits (embedded), cifar10, cifar100, a hub name, or a local folder")
+    dataset_name: str = setting(
+        "digits",
+        "digits (embedded), cifar10, cifar100, a hub name, or a local folder; text: authors (embedded, the default), tofu, "
+        "waterdrum_tofu, a hub name, a folder or a file",
+    )
+    dataset_revision: str | None = setting(None, "commit, tag or branch of a hub dataset; default: main")
     dataset_subset: str | None = setting(None, "configuration of the dataset; default: its only or default one")
-    dataset_split: str = setting("train", "split with the training rows")
-    dataset_prompt_field: str | None = setting(None, "column of the images (or prompts); default: img or image")
-    dataset_response_field: str | None = setting(None, "column of the labels (or responses); default: label or labels")
+    dataset_split: str = setting("train", "split with the training rows; text: with the retain rows")
+    dataset_prompt_field: str | None = setting(
+        None, "column of the images or prompts; default: img or image; question, prompt, instruction or input"
+    )
+    dataset_response_field: str | None = setting(
+        None, "column of the labels or responses; default: label or labels; answer, response, output, completion or text"
+    )
+    forget_pct: int | None = setting(None, "text: percent that TOFU, WaterDrum-TOFU or authors is to forget (1, 5, 10)")
     forget_dataset_name: str | None = setting(None, "text: dataset to forget; default: dataset_name")
     forget_dataset_subset: str | None = setting(None, "text: its configuration")
     forget_dataset_split: str | None = setting(None, "text: its split")
@@ -116,6 +132,9 @@ class DataConfig:
     shuffle_dataset: bool = setting(True, "order the rows by shuffle_seed, once; False: as stored")
     add_forget_to_train: bool = setting(False, "train on retain and forget rows (the original), not retain rows only")
     add_duplicate_to_retain: bool = setting(False, "text: add the duplicates to the retain rows")
+    strict: bool = setting(False, "text: refuse rows with empty answers; default: count and skip them")
+    chat_template: bool | None = switch("text: write prompts in the tokenizer's chat template; default: if it has one")
+    max_length: int | None = setting(None, "text: longest row in tokens; default: the model's context, at most 1024")
     k_pct: float = setting(0.1, "share of lowest log-probabilities that min-k averages, in (0, 1]")
 
     def __post_init__(self) -> None:
@@ -124,7 +143,9 @@ class DataConfig:
         check_range("forget_class", self.forget_class, low=0)
         check_range("dataset_repeat", self.dataset_repeat, low=1)
         check_range("k_pct", self.k_pct, above=0, high=1)
-        _expand(self, "dataset_name", "forget_dataset_name", "test_dataset_name", "dataset_cache_dir")
+        check_range("max_length", self.max_length, low=8)
+        check_range("forget_pct", self.forget_pct, low=1, high=99)
+        _expand(self, "dataset_name", "forget_dataset_name", "duplicate_dataset_name", "test_dataset_name", "dataset_cache_dir")
 
     @property
     def rho(self) -> float:

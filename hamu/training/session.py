@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hamu.data.sources import ImageData
 from hamu.errors import CheckpointError
 from hamu.models.record import json_text
-from hamu.tasks.vision import VisionTask, task_for
+from hamu.tasks.base import Data, Task
 from hamu.training.artifacts import (
     PUBLISHED,
     canonical,
@@ -42,6 +41,7 @@ from hamu.training.original import (
     publish_model,
     published_path,
     save_model,
+    task_for,
     warn_of_missed_target,
 )
 from hamu.training.outcome import RunResult
@@ -73,8 +73,8 @@ class Session:
         self.config = config = canonical(config)
         device = device or choose_device(config)
         start = check_start(config)
-        self.data: ImageData = load_data(config)
-        self.task: VisionTask = task_for(config, self.data, device=device, start=start)
+        self.data: Data = load_data(config)
+        self.task: Task = task_for(config, self.data, device=device, start=start)
         self.start_folder = self._checked_start()
         self.start_model = None if self.start_folder is None else start_model_of(self.start_folder)
         self.recipe = recipe_of(config, self.data.sha256, self.start_model)
@@ -178,11 +178,7 @@ class Session:
         return self.task.load_model(self.start_folder)
 
     def _checked_start(self) -> Path | None:
-        known: dict[str, Any] = {
-            "data_sha256": self.data.sha256,
-            "n_classes": self.data.n_classes,
-            "side": self.task.default_side,
-        }
+        known: dict[str, Any] = {"data_sha256": self.data.sha256, **self.task.facts()}
         folder = check_start(self.config, **known)
         if folder is not None and self.config.is_unlearning:
             if not is_local_path(self.config.run.model_name):

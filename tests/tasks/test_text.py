@@ -157,9 +157,7 @@ def test_a_saved_model_is_gone_on_with(data: TextData, lora: LoraSettings | None
     assert names[0] == names[1]
 
 
-def test_a_new_adapter_on_a_whole_model_is_warned_about(
-    data: TextData, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_new_adapter_on_a_whole_model_is_warned_about(data: TextData, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task_of(data).save_model(task_of(data).new_model(0), tmp_path / "whole", {})
     task_of(data, lora=LoraSettings()).load_model(tmp_path / "whole")
     assert "a new LoRA adapter on" in caplog.text and "S" in caplog.text

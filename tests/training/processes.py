@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-LOADED = ["torch.distributed", "hamu.training.loop", "hamu.tasks.own", "hamu.models.resnet", "pytest"]
+LOADED = ["torch.distributed", "hamu.training.loop", "hamu.tasks.own", "hamu.models.resnet", "hamu.tasks.text", "pytest"]
 """What the server loads before it forks."""
 
 

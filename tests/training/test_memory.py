@@ -10,6 +10,7 @@ from hamu.data.sources import load_image_data
 from hamu.methods.gram import BlockLayout
 from hamu.tasks.vision import VisionTask, task_for
 from hamu.training.config import TrainConfig
+from hamu.training.loop import TrainingRun
 from hamu.training.memory import MemoryEstimate, estimate_memory, is_device_error, peak_memory
 
 
@@ -20,8 +21,10 @@ def task() -> VisionTask:
 
 
 def estimate(task: VisionTask, *, model: torch.nn.Module | None = None, **given: object) -> MemoryEstimate:
-    settings = {"optimizer_name": "sgd", "size": 1, "batch_size": 64, "precision": "fp32", "needs_original": False}
-    return estimate_memory(task, model or task.new_model(0), **{**settings, **given})  # type: ignore[arg-type]
+    method = str(given.pop("method", "hamu-q"))
+    run = TrainingRun(TrainConfig.from_flat({"method": method}), task, model or task.new_model(0))
+    settings = {"optimizer_name": "sgd", "size": 1, "batch_size": 64}
+    return estimate_memory(task, run.engine, **{**settings, **given})  # type: ignore[arg-type]
 
 
 def test_weights_and_gradients_are_counted_exactly(task: VisionTask) -> None:
@@ -33,7 +36,7 @@ def test_weights_and_gradients_are_counted_exactly(task: VisionTask) -> None:
     padded = BlockLayout(list(model.parameters())).zeros(torch.float32).nbytes
     assert found.gradients <= padded <= 1.05 * found.gradients  # rows are padded
     assert estimate(task, optimizer_name="adamw").optimizer == 2 * 4 * n_params
-    assert estimate(task, needs_original=True).original == found.weights
+    assert estimate(task, method="kl").original == found.weights
     assert found.total == found.weights + found.gradients + found.activations + found.data
 
 
