@@ -57,8 +57,8 @@ def provide_originals(
     references = {}
     for key, trial_config in first.items():
         config = plan.original(key)
-        # Small data trains no faster in threads, and one thread gives the same original on every machine.
-        is_small = sizes[data_key(config)] < SMALL_BYTES
+        # Few small images train no faster in threads, and one thread gives the same original on every machine.
+        is_small = sizes[data_key(config)] < SMALL_BYTES and not config.is_text
         n_threads = 1 if is_small else max(1, machine.cpus // len(first))
         task = remote_provide.options(num_cpus=n_threads, num_gpus=slots.gpus_per_worker)
         references[key] = task.remote(config, data[data_key(config)], n_threads=n_threads, first=trial_config)

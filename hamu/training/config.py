@@ -19,7 +19,7 @@ from hamu.methods.names import HAMU_METHODS
 from hamu.training.fields import merge_known, settings_of
 from hamu.training.fit_settings import LogConfig, OptimConfig, steps_between
 from hamu.training.method_settings import DEFAULT_CONSTRAINT_RATIO, NO_METHOD, MethodConfig
-from hamu.training.run_settings import DATASET_PARTS, DataConfig, RunConfig
+from hamu.training.run_settings import DataConfig, RunConfig
 
 __all__ = [
     "ALIASES", "GROUPS", "KNOWN", "DataConfig", "LogConfig", "MethodConfig", "OptimConfig", "RunConfig", "TrainConfig",
@@ -60,11 +60,9 @@ MODALITY_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # What only the one or the other kind of data has; of the other it changes no result.
 VISION_ONLY = frozenset(("num_labels", "img_size", "forget_class", "hard_probability", "split_ratio"))
-_TEXT_ONLY = frozenset((
-    "dataset_repeat", "add_duplicate_to_retain", "strict", "chat_template", "max_length", "forget_pct", "add_lora", "lora_name",
-    "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "eval_generation_rows", "eval_tofu", "retain_reference",
-    *(f"{kind}_dataset_{part}" for kind in ("forget", "duplicate") for part in DATASET_PARTS),
-))  # fmt: skip
+_TEXT_ONLY = frozenset(("strict", "chat_template", "max_length", "forget_pct", "lora_targets"))
+# Recipes name folders, so those of images keep what they have held since before texts had a meaning here.
+_LORA_OF_IMAGES = {"lora_name": "added", "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 # What does not change a result: places, pace of recording, and flags without a meaning for the numbers.
 _NOT_RECIPE = frozenset((
     "output_dir", "final_model_output_dir", "artifact_root", "resume", "dry_run", "fetch", "debug", "device",
@@ -126,6 +124,9 @@ class TrainConfig:
         """Eight hex digits that two configurations share if they compute the same numbers."""
         left_out = _NOT_RECIPE | (VISION_ONLY if self.is_text else _TEXT_ONLY)
         flat = {name: value for name, value in self.to_flat().items() if name not in left_out}
+        flat |= {} if self.is_text else _LORA_OF_IMAGES
+        for name in [name for name in ("model_revision", "dataset_revision") if flat[name] is None]:
+            del flat[name]
         if not self.is_unlearning:
             kept = _LOSS_THRESHOLDS if self.method.stop_on_loss_thresholds else ()
             for name in settings_of(MethodConfig):

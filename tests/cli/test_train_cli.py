@@ -188,7 +188,9 @@ BAD_LINES = {
     "no such device": ("--device foo", "device must be cpu, cuda or cuda:<n>"),
     "no original": ("--unlearning_method ft --artifact_root no/such/root", "no original model at 'no/such/root/checkpoints"),
     "no threshold": ("--unlearning_method ft --stop_on_loss_thresholds", "needs a threshold"),
-    "text": ("--modality llm", "use --modality vision"),
+    "text": ("--model_name tiny-llama", "give --modality llm"),
+    "images": ("--modality llm --dataset_name cifar10", "holds images; for text give authors"),
+    "column": ("--modality llm --dataset_name authors --forget_pct 7", "unknown subset of authors 'forget_07'"),
 }
 
 

@@ -125,9 +125,9 @@ def test_row_scores_are_per_row_and_do_not_depend_on_the_batch() -> None:
     task = make_task()
     model = task.new_model(0).eval()
     whole = task.batch("retain", torch.arange(30))
-    scores = task.row_scores(task.logits(model, whole), whole)
+    scores = task.row_scores(model, whole)
     parts = [task.batch("retain", positions) for positions in torch.arange(30).split(7)]
-    split = [task.row_scores(task.logits(model, part), part) for part in parts]
+    split = [task.row_scores(model, part) for part in parts]
     for name in ("loss", "correct", "entropy", "min_k"):
         values = getattr(scores, name)
         assert values.shape == (30,)
