@@ -129,9 +129,10 @@ class TextTask:
         return self._table(split).batch(rows, pad_id=self.pad_id)
 
     def parts(self, split: str, positions: Tensor, size: int) -> list[Tensor]:
-        """Share positions out to passes of rows of similar lengths, the shortest first, so that little of a batch is padding.
+        """Share positions out to passes of rows of similar lengths, so that little of a batch is padding.
 
-        A pass ends before a row that is `_LONGER` times as long as its first one, if it has `_FEW` rows; a loss is a sum over all
+        The longest rows come first: memory runs out early or never, and what they leave free is large enough for the others. A
+        pass ends before a row that is `_LONGER` times as long as its shortest, if it has `_FEW` rows; a loss is a sum over all
         passes of a step, so that how rows are shared out changes its rounding alone.
         """
         lengths = self._lengths[split][positions]
@@ -141,7 +142,7 @@ class TextTask:
             if row - start >= size or (row - start >= _FEW and length > _LONGER * of_rows[start]):
                 cuts.append(row)
                 start = row
-        return list(positions[order].tensor_split(cuts))
+        return list(positions[order].tensor_split(cuts))[::-1]
 
     def probe_rows(self, split: str, n: int) -> Tensor:
         """Return the longest row, n times."""

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -90,3 +96,30 @@ def test_what_a_device_error_is() -> None:
     assert is_device_error(torch.AcceleratorError("CUDA error"))
     assert not is_device_error(RuntimeError("of another kind"))
     assert peak_memory("cpu") > 10**7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "gdiff"},
+        {"method": "kl"},
+        {"method": "none", "add_forget_to_train": True},
+        {"method": "gdiff", "add_lora": True},
+        {"method": "kl", "add_lora": True},
+        {"method": "kl", "add_lora": True, "gradient_checkpointing": True},
+    ],
+    ids=lambda settings: " ".join(map(str, settings)),
+)
+def test_the_estimate_of_a_language_model_is_what_a_run_holds(settings: dict[str, object], repo_root: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.memory_of_run", json.dumps(settings)],
+        cwd=repo_root,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["measured"] > 100 * 2**20, "far more than the libraries' own"
+    assert abs(found["estimate"] - found["measured"]) <= 0.25 * found["measured"], found
