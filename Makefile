@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := test,dev,search
 ARGS :=
 
-.PHONY: help venv sweep test test-all test-gpu soak lint format bench
+.PHONY: help venv sweep test test-all test-gpu soak lint format bench bench-text
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -40,6 +40,9 @@ format: $(STAMP) ## let ruff format the code and mend what it can
 
 bench: $(STAMP) ## measure the figures of the README, on this machine
 	$(PYTHON) -m tests.benchmarks.run $(ARGS)
+
+bench-text: $(STAMP) ## the table of language models: ARGS="authors", or ARGS="tofu /path/to/tofu"
+	$(PYTHON) -m tests.benchmarks.bench_text $(ARGS)
 
 venv: $(STAMP) ## build .venv
 

@@ -32,7 +32,10 @@ def check_plan(plan: Plan, *, asks_hub: bool = True) -> None:
     seen: set[tuple[object, ...]] = set()
     for config in plan.configs.values():
         data = config.data
-        key = (data_key(config), config.run.seed, data.forget_class, data.hard_probability, data.split_ratio)
+        key = (
+            data_key(config), config.run.seed, data.forget_class, data.hard_probability, data.split_ratio, config.run.model_name,
+            config.logging.retain_reference,
+        )  # fmt: skip
         if key not in seen:
             seen.add(key)
             check_inputs(config)

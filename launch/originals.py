@@ -47,10 +47,12 @@ def provide_originals(
         CheckpointError: an original has other weights than the sweep began with.
     """
     first: dict[str, TrainConfig | None] = {}
+    key_of_data: dict[str, str] = {}  # its trials' own, who may want more of the same rows than it does
     wanted = set(todo)
     for trial in plan.trials:
         if trial.trial_id in wanted:
             config = plan.configs[trial.trial_id]
+            key_of_data.setdefault(trial.original, data_key(config))
             if first.get(trial.original) is None:
                 first[trial.original] = config if config.is_hamu else None
     remote_provide: Any = cast(Any, ray.remote)(provide)
@@ -58,10 +60,10 @@ def provide_originals(
     for key, trial_config in first.items():
         config = plan.original(key)
         # Few small images train no faster in threads, and one thread gives the same original on every machine.
-        is_small = sizes[data_key(config)] < SMALL_BYTES and not config.is_text
+        is_small = sizes[key_of_data[key]] < SMALL_BYTES and not config.is_text
         n_threads = 1 if is_small else max(1, machine.cpus // len(first))
         task = remote_provide.options(num_cpus=n_threads, num_gpus=slots.gpus_per_worker)
-        references[key] = task.remote(config, data[data_key(config)], n_threads=n_threads, first=trial_config)
+        references[key] = task.remote(config, data[key_of_data[key]], n_threads=n_threads, first=trial_config)
     for key, reference in references.items():
         started = time.monotonic()
         with words.busy(f"the original {key}: loading, or training it"):
@@ -92,6 +94,8 @@ def _pin(pins: Path, key: str, original: Original) -> None:
 
 def _described(original: Original) -> str:
     parts = [f"original {original.path}"]
+    if not original.result:
+        parts[0] += " (taken as it is: no record says how it was trained)"
     for split in ("test", "forget"):
         if original.result.get(f"{split}_accuracy") is not None:
             parts.append(f"{split} accuracy {original.result[f'{split}_accuracy']:.3f}")
@@ -121,13 +125,16 @@ def provide(config: TrainConfig, data: Data, *, n_threads: int, first: TrainConf
     torch.set_num_threads(n_threads)
     name = config.run.model_name
     path = Path(name).expanduser() if is_local_path(name) else provide_model(config, data)
-    measured = config if first is None else first
-    task = task_for(measured, data, device=choose_device(measured), start=path)
-    model = task.load_model(path)
+    # Without the trials' own settings, so that the arrays are the same whichever trials are left to run.
+    own = task_for(config, data, device=choose_device(config), start=path)
+    model = own.load_model(path)
     arrays = {key: value.cpu().numpy().copy() for key, value in changing_state(model).items()}
     try:
         result = read_record(path)["result"]
     except (CheckpointError, KeyError):  # a folder of the user's own
         result = {}
-    hardness = {} if first is None else TrainingRun(first, task, model).measure_hardness()
+    hardness = {}
+    if first is not None:
+        task = task_for(first, data, device=choose_device(first), start=path)
+        hardness = TrainingRun(first, task, task.load_model(path)).measure_hardness()
     return Original(path=str(path), arrays=arrays, result=result, hardness=hardness)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hamu.training.original import task_for
 from launch.plan import PlannedTrial, data_key
 from launch.shared import Original, Shared
 
-_MAX_TASKS = 4
+_MAX_TASKS, _MAX_MODELS = 4, 2
 _OF_MODEL = (
     "add_lora", "lora_name", "lora_r", "lora_alpha", "lora_dropout", "lora_targets", "bf16", "gradient_checkpointing",
 )  # fmt: skip
@@ -78,8 +78,12 @@ class WarmParts:
         adapter = tuple(getattr(training, name) for name in _OF_MODEL)
         key = (trial.original, *adapter)
         if key not in self._models:
+            while len(self._models) >= _MAX_MODELS:
+                gone = next(iter(self._models))
+                self._models.pop(gone)
+                self._own_starts.pop(gone, None)
             self._models[key] = model = task.load_model(Path(original.path))
-            if changing_state(model).keys() != original.arrays.keys():  # such as a new adapter on a whole original
+            if _shapes(changing_state(model)) != _shapes(original.arrays):  # such as a new adapter on a whole original
                 self._own_starts[key] = {name: value.clone() for name, value in changing_state(model).items()}
         model = self._models[key]
         # torch.tensor copies: the arrays are shared by all slots, and torch would write into them.
@@ -93,12 +97,17 @@ class WarmParts:
         """Bytes that a process of the trial should need at most; measured once for trials of a kind."""
         config = run.config
         batch_size, optimizer = config.training.per_device_train_batch_size, config.optimizer_name
-        key = (trial.original, data_key(config), optimizer, batch_size, config.training.precision, *_passes_of(run))
+        adapter = tuple(getattr(config.training, name) for name in _OF_MODEL)
+        key = (trial.original, config.data, optimizer, batch_size, config.training.precision, *adapter, *_passes_of(run))
         if key not in self._estimates:
             self._estimates[key] = estimate_memory(
                 task, run.engine, optimizer_name=optimizer, size=self._size, batch_size=batch_size
             )
         return self._estimates[key]
+
+
+def _shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _passes_of(run: TrainingRun) -> tuple[bool, ...]:

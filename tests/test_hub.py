@@ -287,7 +287,7 @@ def test_each_repository_is_told_in_a_line_with_the_setting_that_pins_it(hub: St
     said: list[str] = []
     assert fetch_all([(NAME, None), (NAME, None)], [], say=said.append) == 0
     folder = Path(constants.HF_HUB_CACHE) / "models--owner--small-model/snapshots" / commit
-    assert said == [f"model {NAME}: commit {commit}, 4.0 kB in 4 files, {folder}; pin it with --set model_revision={commit}"]
+    assert said == [f"model {NAME}: commit {commit}, 4.0 kB in 4 files, {folder}; pin it with model_revision={commit}"]
     said.clear()
     fetch_all([(NAME, commit)], [], say=said.append)
     assert said == [f"model {NAME}: commit {commit}, 4.0 kB in 4 files, {folder}"]
@@ -344,7 +344,7 @@ for subset, split in (("forget11", "train"), ("forget10", "test")):
 """
         hub.accounts.add(TOKEN)
         said = in_process(fetching, tmp_path, hub.url, HF_TOKEN=TOKEN)
-    assert f"dataset {name}: commit {old}" in said and f"pin it with --set dataset_revision={new}" in said
+    assert f"dataset {name}: commit {old}" in said and f"pin it with dataset_revision={new}" in said
     assert f"refused: cannot read dataset '{name}', subset 'forget11', split 'train' at {new}" in said
     assert "split 'test'" in said and TOKEN not in said
     # The rows cached last are the new ones: what `datasets` itself would serve for either commit.

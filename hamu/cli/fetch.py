@@ -105,7 +105,7 @@ def _is_here(name: str, kind: str, say: Callable[[str], None]) -> bool:
 def _tell(fetched: Fetched, say: Callable[[str], None]) -> None:
     size = f"{_in_units(fetched.n_bytes)} in {fetched.n_files} file{'' if fetched.n_files == 1 else 's'}"
     is_pinned = fetched.revision == fetched.commit
-    pin = "" if is_pinned else f"; pin it with --set {fetched.kind}_revision={fetched.commit}"
+    pin = "" if is_pinned else f"; pin it with {fetched.kind}_revision={fetched.commit}"
     say(f"{fetched.kind} {fetched.name}: commit {fetched.commit}, {size}, {fetched.folder}{pin}")
 
 

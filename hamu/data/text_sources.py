@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 AUTHORS = "authors"
 HUB_NAMES = {"tofu": "locuslab/TOFU", "waterdrum_tofu": "Glow-AI/WaterDrum-TOFU"}
 """Short names of datasets on the hub; a folder of such a name is `./tofu`."""
+NO_PROMPT = "none"
+"""A prompt field of this name: there are no prompts, the whole text is the response."""
 PERTURBED_PARTS = ("forget", "retain", "real_authors", "world_facts")
 _NOT_GIVEN = "train"  # the default of dataset_split
 _AUTHORS_SPLITS = {"retain": "retain", "forget": "forget", "test": "holdout", "duplicate": "semantic_duplicate"}
@@ -280,6 +282,7 @@ def _source(data: DataConfig, part: str, name: str, subset: str | None, split: s
     full = _full_name(name)
     prefix = "" if part == "retain" else f"{part}_"
     prompt, response = (getattr(data, f"{prefix}dataset_{field}_field") for field in ("prompt", "response"))
+    usual = data.dataset_prompt_field if prompt is None else prompt
     if full == AUTHORS:
         subset, split = subset or "forget_10", _AUTHORS_SPLITS[part] if split == _NOT_GIVEN else split
     return TextSource(
@@ -287,7 +290,7 @@ def _source(data: DataConfig, part: str, name: str, subset: str | None, split: s
         name=full,
         subset=subset,
         split=split,
-        prompt_field=data.dataset_prompt_field if prompt is None else prompt,
+        prompt_field="" if usual == NO_PROMPT else usual,
         response_field=response or data.dataset_response_field,
         revision=data.dataset_revision if full != AUTHORS and is_hub_name(full) and _is_one(name, data.dataset_name) else None,
     )

@@ -139,6 +139,28 @@ def adapter_settings(adapter: Path) -> dict[str, Any]:
     return cast(dict[str, Any], said)
 
 
+def check_same_adapter(folder: str | Path, asked: LoraSettings) -> None:
+    """Refuse LoRA settings that are not those of the adapter in a folder, which is gone on with as it is.
+
+    Raises:
+        ConfigError: the rank, the scale or the targets differ from the adapter's.
+    """
+    adapter = adapter_folder(Path(folder).expanduser())
+    assert adapter is not None, "the folder holds an adapter"
+    said = adapter_settings(adapter)
+    has = {"lora_r": said.get("r"), "lora_alpha": said.get("lora_alpha")}
+    wanted: dict[str, Any] = {"lora_r": asked.r, "lora_alpha": asked.alpha}
+    if asked.targets != _ALL_LINEAR and isinstance(said.get("target_modules"), list):
+        has["lora_targets"] = ",".join(sorted(said["target_modules"]))
+        wanted["lora_targets"] = ",".join(sorted(_names(asked.targets)))
+    for name, value in wanted.items():
+        if value != has[name]:
+            raise ConfigError(
+                f"{name} {value} does not go with the adapter in {str(folder)!r}, which has {has[name]} and is gone on with; "
+                f"leave add_lora and {name} out, or train the original with it"
+            )
+
+
 def load_adapter(base: PreTrainedModel, adapter: Path) -> PeftModel:
     """Put the adapter of a folder on its base, with its own settings, ready to be trained on.
 

@@ -231,7 +231,7 @@ def _set_checkpointing(net: PreTrainedModel, is_on: bool) -> None:
 
 
 def _pretrained(name: str, *, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
-    settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_revision(name, revision)}
+    settings: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False, **_revision(name, revision)}
     net = offline_first(AutoModelForCausalLM.from_pretrained, name, wanted=_WANTED, **settings)
     if getattr(net, "_hf_peft_config_loaded", False):
         raise CheckpointError(f"{name!r} is an adapter on the hub, not a model; download it, and give its folder")
@@ -241,11 +241,15 @@ def _pretrained(name: str, *, dtype: torch.dtype, revision: str | None) -> PreTr
 
 
 def _config(name: str, *, revision: str | None) -> Any:
-    return offline_first(AutoConfig.from_pretrained, name, wanted="the configuration of", **_revision(name, revision))
+    return offline_first(
+        AutoConfig.from_pretrained, name, wanted="the configuration of", trust_remote_code=False, **_revision(name, revision)
+    )
 
 
 def _tokenizer(name: str, *, revision: str | None) -> PreTrainedTokenizerBase:
-    tokenizer = offline_first(AutoTokenizer.from_pretrained, name, wanted="the tokenizer of", **_revision(name, revision))
+    tokenizer = offline_first(
+        AutoTokenizer.from_pretrained, name, wanted="the tokenizer of", trust_remote_code=False, **_revision(name, revision)
+    )
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 

@@ -32,7 +32,7 @@ _FACTS = ("name", "space", "task", "slots", "hardware")
 # Column of a trial, its heading, its format: "g" a number, "%" a share shown in percent, "s" words.
 _SETTING_COLUMNS = {
     "method": ("method", "s"), "learning_rate": ("lr", "g"), "constraint_ratio": ("ratio", "g"), "rho": ("rho", "g"),
-    "seed": ("seed", "g"),
+    "seed": ("seed", "g"), "forget_set": ("forget set", "s"),
 }  # fmt: skip
 _RESULT_COLUMNS = {
     "steps": ("steps", "g"), "stop_reason": ("stopped by", "s"), "forget_quality": ("forget quality (nats)", "g"),

@@ -18,7 +18,7 @@ AXES = ("forget_quality", "retain_utility")
 MAX_RETAIN_ACCURACY_LOSS = 0.01
 """Share of retain rows that a recommended setting may get wrong beyond the original's."""
 
-SETTINGS = ("method", "learning_rate", "constraint_ratio", "rho", "seed")
+SETTINGS = ("method", "learning_rate", "constraint_ratio", "forget_set", "rho", "seed")
 _SHORT = {"learning_rate": "lr", "constraint_ratio": "ratio"}
 
 

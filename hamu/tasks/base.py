@@ -97,6 +97,10 @@ class Task(Protocol):
     def row_scores(self, model: nn.Module, batch: Any) -> RowScores:
         """Score each row, without a graph."""
 
+    @property
+    def has_extra_metrics(self) -> bool:
+        """Whether `extra_metrics` has something to measure."""
+
     def extra_metrics(self, model: nn.Module) -> dict[str, float]:
         """Measure what is asked for beside `row_scores`, once at the end of a run; nothing of most tasks."""
 
@@ -165,6 +169,7 @@ class RowsInMemory:
         self.n_bytes = sum(part.nbytes for table in self._tables.values() for part in table)
         self._rows = {split: index.to(self.device) for split, index in rows.items()}
 
+    has_extra_metrics = False
     can_compile = True
 
     def n_rows(self, split: str) -> int:

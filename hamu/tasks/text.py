@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hamu.data.splits import ForgetSet
-from hamu.data.texts import TextData, TextRows, sha256_texts
+from hamu.data.texts import TextData, sha256_texts
 from hamu.errors import ConfigError, DataError, unknown
+from hamu.models.adapters import check_same_adapter
 from hamu.models.language import (
     TINY,
     LanguageModel,
@@ -67,6 +68,7 @@ class TextTask:
         max_length: int = MAX_LENGTH,
         device: str | torch.device = "cpu",
         k_pct: float = 0.1,
+        seed: int = 0,
     ) -> None:
         """Tokenise the rows.
 
@@ -78,6 +80,7 @@ class TextTask:
             max_length: longest row in tokens; the prompts of longer ones are cut from the left.
             device: of batches and models.
             k_pct: share of a row's labels that min-k averages, in (0, 1].
+            seed: of a new adapter on a whole model that is loaded.
 
         Raises:
             ConfigError: `k_pct` is out of range.
@@ -91,7 +94,7 @@ class TextTask:
         self.pad_id = pad_id_of(tokenizer)
         self.chat, self.max_length = chat, max_length
         self._build: dict[str, Any] = {"lora": lora, "bf16": bf16, "gradient_checkpointing": gradient_checkpointing}
-        self._revision = model_revision
+        self._revision, self._seed = model_revision, seed
         n_retain, n_forget = len(data.retain), len(data.forget)
         self.forget_set = ForgetSet(
             forget=np.arange(n_retain, n_retain + n_forget, dtype=np.int64),
@@ -100,7 +103,9 @@ class TextTask:
             # The numbers of the rows say nothing here, so that the hash is of the rows themselves.
             sha256=sha256_texts(data.forget, data.retain),
         )
-        self._tables = {"train": self._encoded(data.retain + data.forget), "test": self._encoded(data.test)}
+        train = data.retain + data.forget
+        self._tables = {"train": self.encode(train.prompts, train.responses)}
+        self._tables["test"] = self.encode(data.test.prompts, data.test.responses)
         self._rows = {
             "retain": torch.arange(n_retain, device=self.device),
             "forget": torch.arange(n_retain, n_retain + n_forget, device=self.device),
@@ -114,6 +119,11 @@ class TextTask:
         """What `extra_metrics` measures."""
         self.truth_ratios: np.ndarray | None = None
         """Of the forget questions, by the last `extra_metrics`; kept with the model that is saved next."""
+
+    @property
+    def has_extra_metrics(self) -> bool:
+        """Whether `extra_metrics` has something to measure."""
+        return self.extra is not None
 
     def n_rows(self, split: str) -> int:
         """Return the number of rows in a split of `SPLITS`; 0 for test rows that are not given.
@@ -135,14 +145,13 @@ class TextTask:
         pass ends before a row that is `_LONGER` times as long as its shortest, if it has `_FEW` rows; a loss is a sum over all
         passes of a step, so that how rows are shared out changes its rounding alone.
         """
-        lengths = self._lengths[split][positions]
-        lengths, order = lengths.sort(stable=True)
-        cuts, start, of_rows = [], 0, lengths.tolist()
-        for row, length in enumerate(of_rows):
-            if row - start >= size or (row - start >= _FEW and length > _LONGER * of_rows[start]):
-                cuts.append(row)
-                start = row
-        return list(positions[order].tensor_split(cuts))[::-1]
+        lengths, order = self._lengths[split][positions].sort(stable=True)
+        cuts, start = [], 0
+        while start < len(lengths):
+            n_alike = int(torch.searchsorted(lengths, _LONGER * lengths[start], right=True)) - start
+            start += min(size, max(_FEW, n_alike))
+            cuts.append(start)
+        return list(positions[order].tensor_split(cuts[:-1]))[::-1]
 
     def probe_rows(self, split: str, n: int) -> Tensor:
         """Return the longest row, n times."""
@@ -180,7 +189,7 @@ class TextTask:
 
     def losses(self, model: LanguageModel, prompts: Sequence[str], answers: Sequence[str], *, batch_size: int) -> np.ndarray:
         """Return the mean loss (n,) over each answer's tokens, nats, of texts that are no rows of the task."""
-        table = encode_rows(self.tokenizer, prompts, answers, max_length=self.max_length, chat=self.chat).to(self.device)
+        table = self.encode(prompts, answers)
         found = np.empty(len(table))
         model.eval()
         for rows in table.lengths.argsort(stable=True).split(batch_size):
@@ -207,9 +216,12 @@ class TextTask:
 
         Raises:
             CheckpointError: there is none.
-            ConfigError: the tokenizer is not the model's.
+            ConfigError: the tokenizer is not the model's, or LoRA settings are given that its adapter has not.
         """
-        model = load_language_model(path, **self._build)
+        model = load_language_model(path, seed=self._seed, **self._build)
+        lora: LoraSettings | None = self._build["lora"]
+        if lora is not None and model.is_adapter and not model.is_fresh_adapter:
+            check_same_adapter(path, lora)
         if model.vocabulary < len(self.tokenizer):
             raise ConfigError(
                 f"the model in {str(path)!r} has {model.vocabulary} tokens, but its tokenizer {len(self.tokenizer)}; give the "
@@ -236,9 +248,13 @@ class TextTask:
         """None: a tokenizer comes with its model."""
         return {}
 
-    def _encoded(self, rows: TextRows) -> PackedRows:
-        packed = encode_rows(self.tokenizer, rows.prompts, rows.responses, max_length=self.max_length, chat=self.chat)
-        return packed.to(self.device)
+    def encode(self, prompts: Sequence[str], answers: Sequence[str]) -> PackedRows:
+        """Tokenise n prompts and answers as the rows are.
+
+        Raises:
+            DataError: as `encode_rows`.
+        """
+        return encode_rows(self.tokenizer, prompts, answers, max_length=self.max_length, chat=self.chat).to(self.device)
 
     def _table(self, split: str) -> PackedRows:
         return self._tables["test" if split == "test" else "train"]
@@ -256,7 +272,8 @@ class FrozenModel:
     def __init__(self, model: nn.Module) -> None:
         self._live = model
         self._weights = {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
-        self.n_bytes = sum(weight.nbytes for weight in self._weights.values())
+        self.weights = list(self._weights.values())
+        self.n_bytes = sum(weight.nbytes for weight in self.weights)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the model as it was."""
@@ -290,6 +307,11 @@ def task_for(
     else:
         tokenizer = load_tokenizer(source, revision=None if start is not None else config.run.model_revision)
     context = context_length(source or TINY, tokenizer=tokenizer, revision=config.run.model_revision)
+    if context is not None and (config.data.max_length or 0) > context:
+        raise ConfigError(
+            f"max_length is {config.data.max_length}, but model {str(source or TINY)!r} takes {context} tokens; give at most "
+            "that, or leave it out"
+        )
     lora = LoraSettings(
         r=training.lora_r,
         alpha=training.lora_alpha,
@@ -309,9 +331,10 @@ def task_for(
         max_length=config.data.max_length or min(context or MAX_LENGTH, MAX_LENGTH),
         device=device,
         k_pct=config.data.k_pct,
+        seed=config.run.seed,
     )
     if config.logging.eval_tofu or config.logging.eval_generation_rows:
         from hamu.tasks.text_metrics import extra_metrics_of
 
-        task.extra = extra_metrics_of(config)
+        task.extra = extra_metrics_of(config, task)
     return task

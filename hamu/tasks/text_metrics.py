@@ -20,21 +20,26 @@ if TYPE_CHECKING:
 SPLITS = ("retain", "forget", "test")
 
 
-def extra_metrics_of(config: TrainConfig) -> Callable[[TextTask, LanguageModel], dict[str, float]]:
-    """Make the function that measures what `eval_generation_rows`, `eval_tofu` and `retain_reference` ask for."""
-    n_rows, batch_size = config.logging.eval_generation_rows, config.training.per_device_eval_batch_size
-    reference = config.logging.retain_reference
+def extra_metrics_of(config: TrainConfig, task: TextTask) -> Callable[[TextTask, LanguageModel], dict[str, float]]:
+    """Make the function that measures what `eval_generation_rows`, `eval_tofu` and `retain_reference` ask for.
 
-    def reference_of(task: TextTask) -> np.ndarray | None:
-        if reference is None or "forget" not in task.data.perturbed:
-            return None
-        return read_truth_ratios(Path(reference).expanduser(), task.data.perturbed["forget"])
+    Raises:
+        CheckpointError, DataError: what it would need at the end of a run is not there, or does not fit: the reference's truth
+            ratios, or rows that are no longer than `max_length`.
+    """
+    n_rows, batch_size = config.logging.eval_generation_rows, config.training.per_device_eval_batch_size
+    perturbed = task.data.perturbed
+    reference: np.ndarray | None = None
+    if config.logging.retain_reference is not None and "forget" in perturbed:
+        reference = read_truth_ratios(Path(config.logging.retain_reference).expanduser(), perturbed["forget"])
+    for rows in perturbed.values():
+        for answers in (rows.answers, rows.paraphrased, *zip(*(_padded(rows.perturbed)), strict=True)):
+            task.encode(rows.questions, answers)
 
     def measure(task: TextTask, model: LanguageModel) -> dict[str, float]:
         metrics = _rouge_of_splits(task, model, n_rows, batch_size) if n_rows else {}
         if not config.logging.eval_tofu:
             return metrics
-        perturbed = task.data.perturbed
         rouge = {
             part: _rouge(task, model, perturbed[part].questions, perturbed[part].answers, n_rows, batch_size)
             for part in (PARTS if n_rows else ())
@@ -43,13 +48,19 @@ def extra_metrics_of(config: TrainConfig) -> Callable[[TextTask, LanguageModel],
         found, ratios = tofu_metrics(
             lambda prompts, answers: task.losses(model, prompts, answers, batch_size=batch_size),
             perturbed,
-            reference=reference_of(task),
+            reference=reference,
             rouge=rouge,
         )
         task.truth_ratios = ratios.get("forget")
         return metrics | found
 
     return measure
+
+
+def _padded(wrong: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The wrong answers of each question, as many of each: the last one again where there are fewer."""
+    most = max(map(len, wrong), default=0)
+    return [[*answers, *[answers[-1]] * (most - len(answers))] for answers in wrong]
 
 
 def _rouge_of_splits(task: TextTask, model: LanguageModel, n_rows: int, batch_size: int) -> dict[str, float]:

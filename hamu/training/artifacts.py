@@ -112,8 +112,8 @@ def check_replaceable(path: Path, recipe: str | None = None) -> None:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder looks like a model's: it has a description that a library reads."""
-    return any((folder / name).is_file() for name in _DESCRIPTIONS)
+    """Whether a folder looks like a model's: it has a description that a library reads, or an adapter in a folder of its name."""
+    return any((folder / name).is_file() for name in _DESCRIPTIONS) or any(folder.glob("*/adapter_config.json"))
 
 
 def recipe_at(folder: Path) -> str | None:
@@ -142,7 +142,7 @@ def start_model_of(folder: Path) -> dict[str, str]:
     """
     recipe = recipe_at(folder)
     if recipe is None:
-        files = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+        files = sorted(file for pattern in (*_WEIGHTS, "*/adapter_model.safetensors") for file in folder.glob(pattern))
         if not files:
             raise CheckpointError(f"the model folder {str(folder)!r} holds no weights (*.safetensors); give a saved model")
         digest = hashlib.sha256()

@@ -29,6 +29,11 @@ def check_together(config: TrainConfig) -> None:
     from hamu.training.config import check_constraint
 
     _check_pairing(config)
+    if config.data.dataset_repeat != 1:
+        raise ConfigError(
+            f"dataset_repeat {config.data.dataset_repeat}: an epoch is one pass here; multiply num_train_epochs by it instead "
+            "(the command line of a single run does so)"
+        )
     if config.is_text:
         _check_text(config)
     else:
@@ -106,8 +111,6 @@ def _check_text_only(config: TrainConfig) -> None:
             )
     if data.add_duplicate_to_retain:
         raise ConfigError("add_duplicate_to_retain is for text; leave it out for images")
-    if data.dataset_repeat != 1:
-        raise ConfigError(f"dataset_repeat {data.dataset_repeat} is for text; for images multiply num_train_epochs by it instead")
     if training.add_lora:
         raise ConfigError("add_lora is for text models; leave it out for images, or give --modality llm")
     if config.logging.eval_tofu or config.logging.eval_generation_rows:

@@ -135,6 +135,9 @@ def start_differences(
     found = [
         f"{name} {theirs!r} there, {ours!r} here" for name, theirs, ours in pairs if None not in (theirs, ours) and theirs != ours
     ]
+    if config.is_text:
+        same = {name: (then.get(name), getattr(config.data, name)) for name in ("chat_template", "max_length")}
+        found += [f"{name} {theirs!r} there, {ours!r} here" for name, (theirs, ours) in same.items() if theirs != ours]
     theirs = record.get("data_sha256")
     if data_sha256 is not None and theirs is not None and theirs != data_sha256:
         found.insert(0, f"it was trained on other data (sha256 {theirs[:8]} there, {data_sha256[:8]} here)")

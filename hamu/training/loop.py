@@ -325,7 +325,8 @@ class TrainingRun:
             load_changing_state(self.model, self._best["model"])
             self._after = self._best["metrics"]
         self._check_same_bits()
-        self._after = self._after | self._extra_metrics()
+        if self._stop is not StopReason.CANCELLED:
+            self._after = self._after | self._extra_metrics()
         reason = self._stop or StopReason.FINISHED
         self.result = RunResult(
             stop_reason=reason,
@@ -388,7 +389,10 @@ class TrainingRun:
         return metrics
 
     def _extra_metrics(self) -> dict[str, float]:
-        """Measure what the task has to say of the final model, beside its row scores."""
+        """Measure what the task has to say of the final model, beside its row scores; should that fail, the model is kept."""
+        if not self.task.has_extra_metrics:
+            return {}
+        self.save()
         started = time.perf_counter()
         self.model.eval()
         with self.engine.autocast():

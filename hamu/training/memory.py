@@ -163,6 +163,10 @@ def _most_held(task: Task, engine: PairedEngine, n_rows: int) -> int:
     model, method, pair = engine.model, engine.method, engine.pair
     splits = (method.retain and "retain", method.forget and "forget")
     lasting: list[Any] = [*model.parameters(), *model.buffers(), *engine.params, pair.table]
+    if not isinstance(engine.original, nn.Module):
+        lasting += getattr(engine.original, "weights", [])
+    else:
+        lasting += [*engine.original.parameters(), *engine.original.buffers()]
     for role in (RETAIN, FORGET):
         lasting += pair.views(role) or []
     modes = {module: module.training for module in model.modules()}

@@ -91,8 +91,8 @@ def provide_model(config: TrainConfig, data: Data, *, progress: bool = False) ->
         progress: draw a progress line on a terminal.
 
     Returns:
-        checkpoints/<task>/seed_<seed>/forget_<class>_<rho>/{full,retain}, with the recipe as suffix where another recipe's model
-        lies there already. A model there without a record, such as a published checkpoint, is taken as it is.
+        checkpoints/<task>/seed_<seed>/<group>/{full,retain}<suffix> (`trained_model_path`), with the recipe behind it where
+        another one's model lies there. A model there without a record, such as a published checkpoint, is taken as it is.
 
     Raises:
         CheckpointError: the training ended in a way that no run should start from, such as a gradient that is not finite.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from hamu.tasks.catalog import modality_of
 from hamu.tasks.tofu_names import TOFU_COLUMNS
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ SPLITS = ("retain", "forget", "test")
 IDENTITY_FIELDS = [
     ("trial_id", pa.string()), ("sweep", pa.string()), ("task", pa.string()), ("method", pa.string()),
     ("seed", pa.int64()), ("rho", pa.float64()), ("forget_class", pa.int64()), ("learning_rate", pa.float64()),
-    ("constraint_ratio", pa.float64()), ("split_sha256", pa.string()),
+    ("constraint_ratio", pa.float64()), ("split_sha256", pa.string()), ("forget_set", pa.string()),
 ]  # fmt: skip
 METRIC_COLUMNS = (
     *(f"{split}_{metric}" for split in SPLITS for metric in ("loss", "accuracy", "entropy", "probability", "min_k")),
@@ -42,6 +43,7 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
         "seed": config.run.seed,
         "rho": None if config.is_text else config.data.hard_probability,
         "forget_class": None if config.is_text else config.data.forget_class,
+        "forget_set": modality_of(config).group(config, "retain"),
         "learning_rate": config.lr,
         "constraint_ratio": config.constraint_ratio,
     }

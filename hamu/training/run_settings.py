@@ -103,7 +103,7 @@ class DataConfig:
     dataset_subset: str | None = setting(None, "configuration of the dataset; default: its only or default one")
     dataset_split: str = setting("train", "split with the training rows; text: with the retain rows")
     dataset_prompt_field: str | None = setting(
-        None, "column of the images or prompts; default: img or image; question, prompt, instruction or input"
+        None, "column of the images or prompts; default: img or image; question, prompt, instruction or input; none: plain texts"
     )
     dataset_response_field: str | None = setting(
         None, "column of the labels or responses; default: label or labels; answer, response, output, completion or text"
@@ -128,7 +128,7 @@ class DataConfig:
     forget_class: int = setting(0, "class c to forget")
     hard_probability: float = setting(0.0, "rho in [0, 1]: share of the forget set drawn from other rows; 1: at random")
     split_ratio: float = setting(0.1, "share of all rows that is forgotten at rho = 1")
-    dataset_repeat: int = setting(1, "text: times the rows are repeated in an epoch")
+    dataset_repeat: int = setting(1, "read as so many times num_train_epochs: an epoch is one pass")
     shuffle_dataset: bool = setting(True, "order the rows by shuffle_seed, once; False: as stored")
     add_forget_to_train: bool = setting(False, "train on retain and forget rows (the original), not retain rows only")
     add_duplicate_to_retain: bool = setting(False, "text: add the duplicates to the retain rows")

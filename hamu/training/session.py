@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ class Session:
         """The result of this run, where it need not be run: it resumes one that has ended, or trains what is published."""
         if not (self.config.run.resume or self.is_published()) or (row := self.ended()) is None:
             return None
+        if self._lacks_extra_metrics(row):
+            row = self._with_extra_metrics(row)
         logger.info(
             "this run has ended already (%s, %s steps): nothing to do; its model is %s%s",
             row["stop_reason"],
@@ -103,6 +105,20 @@ class Session:
             "" if self.config.is_unlearning else " (remove that folder to train it anew)",
         )
         return row
+
+    def _lacks_extra_metrics(self, row: Mapping[str, Any]) -> bool:
+        """Whether something is asked for that is measured at the end of a run, and was not when this one ended."""
+        logging = self.config.logging
+        has_tofu, has_rouge = (any(known in name for name in row) for known in ("tofu_", "_rouge"))
+        return (logging.eval_tofu and not has_tofu) or (logging.eval_generation_rows > 0 and not has_rouge)
+
+    def _with_extra_metrics(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Measure the model that an ended run has kept, and add that to its record."""
+        logger.info("this run has ended already; measuring its model %s ...", self.model_folder)
+        model = self.task.load_model(self.model_folder)
+        more = dict(row) | self.task.extra_metrics(model.eval())
+        save_model(self.task, model, self.model_folder, {**read_record(self.model_folder), "result": more})
+        return more
 
     def is_published(self) -> bool:
         """Whether this run trains a model that lies at its published place already."""

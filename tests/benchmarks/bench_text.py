@@ -22,9 +22,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hamu.methods.combine import StepRules
+from hamu.models.tokens import encode_rows
 from hamu.tasks.catalog import modality_of
 from hamu.tasks.text import TextTask
 from hamu.training.artifacts import read_record
@@ -170,9 +169,6 @@ def measure_step(repeats: int = 15) -> dict[str, float]:
         runs[name].engine.gradients(*collate())
         decide_and_apply(name)
 
-    def tokenise() -> None:
-        modality_of(config).make_task(config, data, start=None)
-
     times = interleaved_medians(
         {
             "gdiff": lambda: step("gdiff"),
@@ -185,8 +181,6 @@ def measure_step(repeats: int = 15) -> dict[str, float]:
     )
     begun = time.perf_counter()
     texts = [(data.retain.prompts, data.retain.responses), (data.forget.prompts, data.forget.responses)]
-    from hamu.models.tokens import encode_rows
-
     for prompts, responses in texts:
         encode_rows(task.tokenizer, prompts, responses, max_length=task.max_length)
     tokenise_ms = (time.perf_counter() - begun) * 1e3
@@ -209,7 +203,6 @@ def main(argv: Sequence[str]) -> int:
     if argv[0] == "step":
         print(json.dumps(measure_step(), indent=1))
         return 0
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     with tempfile.TemporaryDirectory() as scratch:
         figures = measure(argv[0], Path(scratch), *argv[1:2])
     RESULTS.mkdir(exist_ok=True)

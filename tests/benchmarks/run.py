@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import bench_combine, bench_exchange, bench_quickstart, bench_step
+from tests.benchmarks import bench_combine, bench_exchange, bench_quickstart, bench_step, bench_text
 from tests.benchmarks.measure import hardware, has_amx
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +34,8 @@ def main() -> int:
     for name, module in (("combine", bench_combine), ("step", bench_step), ("quickstart", bench_quickstart)):
         print(f"{name} ...", flush=True)
         figures[name] = in_own_process(module.measure)
+    print("text step ...", flush=True)
+    figures["text_step"] = in_own_process(bench_text.measure_step)
     print("exchange ...", flush=True)
     figures["exchange"] = bench_exchange.measure()  # in processes of its own, which a pool's worker may not start
     step, quick, split = figures["step"], figures["quickstart"], figures["exchange"]
@@ -51,6 +53,9 @@ def main() -> int:
         ("split, exchange of ResNet-20: share of naive", split["exchange"]["resnet20"]["share_of_naive"], "<=", 0.2),
         ("split, exchange of 10 M: share of naive", split["exchange"]["mlp_10m"]["share_of_naive"], "<=", 0.5),
         ("split step of 2 ranks, times sequential", split["step"]["speedup"], ">=", 1.85),
+        ("text step: loading, share of it", figures["text_step"]["loading_share"], "<=", 0.03),
+        ("text step: combining, share of it", figures["text_step"]["combine_share"], "<=", 0.03),
+        ("text step: KL, times GDiff", figures["text_step"]["kl_over_gdiff"], "<=", 1.4),
         ("quickstart: wall_s", quick["wall_s"], "<=", quick["wall_limit_s"]),
         ("quickstart: warm slot's set-up, s", quick["warm_setup_max_s"], "<=", 0.5),
         ("quickstart: the whole command, s", quick["command_s"], "<=", 150.0),

@@ -455,4 +455,4 @@ def test_revision_is_asked_of_the_hub_and_not_of_folders(monkeypatch: pytest.Mon
             build_language_model(name, tokenizer=tokenizer, seed=0, revision="abc123")
     assert [settings.get("revision") for settings in asked] == ["abc123", "abc123", None]  # the cache, the hub; the folder
     assert [settings.get("local_files_only", False) for settings in asked] == [True, False, True]
-    assert all(settings["use_safetensors"] and "trust_remote_code" not in settings for settings in asked)
+    assert all(settings["use_safetensors"] and settings["trust_remote_code"] is False for settings in asked)

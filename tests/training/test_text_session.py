@@ -12,10 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from hamu.cli.train import main
-from hamu.errors import CheckpointError
+from hamu.errors import CheckpointError, ConfigError, DataError
 from hamu.models.language import load_language_model
 from hamu.tasks.catalog import modality_of
 from hamu.tasks.text import FrozenModel
+from hamu.training.artifacts import read_record
 from hamu.training.checkpoints import changing_state, load_checkpoint
 from hamu.training.config import TrainConfig
 from hamu.training.inputs import check_inputs
@@ -171,3 +172,45 @@ def test_a_reference_that_is_no_retain_only_model_is_refused_before_the_start(tm
     config = TrainConfig.from_flat({"modality": "llm", "eval_tofu": True, "retain_reference": str(tmp_path)})
     with pytest.raises(CheckpointError, match="retain_reference"):
         check_inputs(config)
+
+
+def test_a_model_that_was_trained_before_is_measured_on_request(tmp_path: Path) -> None:
+    settings = {
+        "modality": "llm", "forget_pct": 5, "artifact_root": str(tmp_path), "epochs": 0.3, "lr": 0.003, "device": "cpu",
+        "max_length": 96,
+    }  # fmt: skip
+    before, session = run_training(TrainConfig.from_flat(settings), progress=False)
+    weights = (session.model_folder / "model.safetensors").read_bytes()
+    after, again = run_training(TrainConfig.from_flat({**settings, "eval_tofu": True}), progress=False)
+    assert again.model_folder == session.model_folder and after["steps"] == before["steps"]
+    assert (session.model_folder / "model.safetensors").read_bytes() == weights
+    assert read_record(session.model_folder)["result"]["tofu_forget_truth_ratio"] == after["tofu_forget_truth_ratio"] > 0
+    compared = {**settings, "add_forget_to_train": True, "eval_tofu": True, "retain_reference": str(session.model_folder)}
+    row, _ = run_training(TrainConfig.from_flat(compared), progress=False)
+    assert 0 <= row["tofu_forget_quality"] <= 1
+
+
+def test_a_reference_of_other_questions_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    settings = {"modality": "llm", "artifact_root": str(tmp_path), "epochs": 0.2, "device": "cpu", "eval_tofu": True}
+    reference = run_training(TrainConfig.from_flat({**settings, "forget_pct": 5}), progress=False)[1].model_folder
+    other = {**settings, "forget_pct": 10, "retain_reference": str(reference)}
+    with pytest.raises(DataError, match="other questions"):
+        run_training(TrainConfig.from_flat(other), progress=False)
+
+
+def test_other_lora_settings_than_those_of_the_adapter_that_is_gone_on_with_are_refused(texts: dict[str, Any]) -> None:
+    trained(texts, add_lora=True)
+    config = TrainConfig.from_flat({**texts, "method": "ft", "add_lora": True, "lora_r": 4})
+    with pytest.raises(ConfigError, match="lora_r 4 does not go with the adapter"):
+        run_training(config, progress=False)
+
+
+def test_a_longer_row_than_the_model_takes_is_refused(texts: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="takes 1024 tokens"):
+        run_training(TrainConfig.from_flat({**texts, "max_length": 2048}), progress=False)
+
+
+def test_a_prompt_field_of_none_makes_plain_texts(texts: dict[str, Any]) -> None:
+    config = TrainConfig.from_flat({**texts, "dataset_prompt_field": "none", "dataset_response_field": "question"})
+    data = modality_of(config).load_data(config)
+    assert set(data.retain.prompts) == {""} and data.retain.responses[0] == "What is 0?"

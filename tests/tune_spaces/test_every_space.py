@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from hamu.methods.catalog import METHODS
 from hamu.methods.names import HAMU_METHODS
+from hamu.tasks.catalog import modality_of
 from launch.plan import Plan, make_plan
 from tune_spaces.space import list_spaces, load_space
 
@@ -61,3 +63,33 @@ def test_the_rho_sweep_is_seven_methods_at_five_rhos_from_one_original() -> None
     assert seen == {(method, rho) for method in methods for rho in (0.0, 0.25, 0.5, 0.75, 1.0)}
     assert len(plan.originals) == 1
     assert plan.original(*plan.originals).data.hard_probability == 0.0
+
+
+@pytest.mark.parametrize("name", list_spaces())
+def test_an_original_is_of_the_rows_of_its_trials(name: str) -> None:
+    """But for what trials measure at their end: an original that is of other rows would be refused when they start from it."""
+    plan = plan_of(name)
+    for trial in plan.trials:
+        theirs, ours = plan.original(trial.original), plan.configs[trial.trial_id]
+        same = set(modality_of(ours).data_settings) - {"eval_tofu"}
+        assert {key: theirs.to_flat()[key] for key in same} == {key: ours.to_flat()[key] for key in same}
+
+
+def test_the_quickstart_of_language_models_is_about_twelve_trials_from_one_adapter() -> None:
+    plan = plan_of("llm/quickstart")
+    methods = Counter(config.method_name for config in plan.configs.values())
+    assert methods == {"hamu-q": 4, "hamu-u": 2, "ga": 2, "gdiff": 2, "kl": 2}
+    assert [config.training.add_lora for config in map(plan.original, plan.originals)] == [True]
+
+
+def test_the_constraint_sweep_of_language_models_is_the_published_one() -> None:
+    configs = plan_of("llm/constraint_sweep").configs.values()
+    seen = {(config.method_name, round(10 * config.constraint_ratio)) for config in configs}  # type: ignore[operator]
+    assert seen == {(method, tenth) for method in HAMU_METHODS for tenth in range(10)}
+    for config in configs:
+        assert (config.lr, config.training.per_device_train_batch_size, config.training.num_train_epochs) == (1e-4, 50, 10)
+        assert (config.data.dataset_name, config.data.forget_pct) == ("waterdrum_tofu", 10)
+
+
+def test_the_small_tofu_sweep_has_every_method() -> None:
+    assert {config.method_name for config in plan_of("llm/tofu_small").configs.values()} == set(METHODS)

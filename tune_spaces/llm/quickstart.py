@@ -26,8 +26,8 @@ SPACE = Space(
             "constraint_ratio": (0.1, 0.3),
             "stop_on_stopping_criterion": (True,),
         },
-        {"unlearning_method": ("ga",), "learning_rate": (0.005, 0.01)},
-        {"unlearning_method": ("gdiff", "kl"), "learning_rate": (0.02, 0.05)},
+        {"unlearning_method": ("ga",), "learning_rate": (0.001, 0.005)},
+        {"unlearning_method": ("gdiff", "kl"), "learning_rate": (0.01, 0.05)},
     ),
     # Stopped when the answers are known but not yet engraved: S is 0.8 here, and 0.2 half as many epochs later.
     original={

@@ -9,7 +9,8 @@ learning rate 1e-5), as forget quality / model utility / forget truth ratio, to 
     ga          .27/.33/.59     1.9e-119/0/~0        1e-239/0/~0
     gdiff       .77/.43/.57     1.9e-119/.53/~0      1e-239/.49/~0
 
-Forget quality needs `--set retain_reference=<folder of the retain-only model>`, model utility `--set eval_generation_rows=400`.
+Forget quality needs a retain-only model of the same forget set, so one sweep for each: `--set forget_pct=5 --set
+retain_reference=<its folder>`; model utility needs `--set eval_generation_rows=400`.
 """
 
 from tune_spaces.space import Space
