@@ -28,10 +28,10 @@ class Method:
 
     name: key in METHODS. summary: one line for people. source: paper, or METHODS section. rule: Gram in, weights out.
     retain, forget: given the settings, the objective whose gradient is g_r, g_f; None where the method uses no such batch.
-    needs_original: whether an objective reads the frozen original model. one_block: whether the rule reads the Gram of the
-    whole model whatever the mode. is_constrained: whether the rule takes a constraint and a radius. swaps_roles: whether
-    these limits, and the hardness of a step, are those of the pair (-g_f, -g_r). averages_retain: whether `gru_beta` puts a
-    moving average in the place of g_r.
+    reads_original: the roles, of "retain" and "forget", whose objective reads the frozen original's logits. one_block: whether
+    the rule reads the Gram of the whole model whatever the mode. is_constrained: whether the rule takes a constraint and a radius.
+    swaps_roles: whether these limits, and the hardness of a step, are those of the pair (-g_f, -g_r). averages_retain: whether
+    `gru_beta` puts a moving average in the place of g_r.
     """
 
     name: str
@@ -40,11 +40,16 @@ class Method:
     rule: Rule
     retain: Callable[[MethodSettings], Objective] | None
     forget: Callable[[MethodSettings], Objective] | None
-    needs_original: bool = False
+    reads_original: tuple[str, ...] = ()
     one_block: bool = False
     is_constrained: bool = False
     swaps_roles: bool = False
     averages_retain: bool = False
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether a run needs the frozen original model."""
+        return bool(self.reads_original)
 
     @property
     def is_paired(self) -> bool:

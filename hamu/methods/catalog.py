@@ -63,7 +63,7 @@ METHODS: dict[str, Method] = {
             rule=core.half_difference,
             retain=lambda settings: kl_to_original,
             forget=lambda settings: cross_entropy,
-            needs_original=True,
+            reads_original=("retain",),
         ),
         Method(
             name="scrub",
@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
             rule=core.half_difference,
             retain=lambda settings: weighted(settings.scrub_alpha, kl_to_original, settings.scrub_gamma, cross_entropy),
             forget=lambda settings: kl_to_original,
-            needs_original=True,
+            reads_original=("retain", "forget"),
         ),
         Method(
             name="gru",

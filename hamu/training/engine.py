@@ -119,19 +119,22 @@ class PairedEngine:
         """
         self._losses.zero_()
         self.pair.zero_()
-        roles = ((RETAIN, self.method.retain, retain_parts), (FORGET, self.method.forget, forget_parts))
-        for role, build, parts in roles:
+        roles = (
+            (RETAIN, "retain", self.method.retain, retain_parts),
+            (FORGET, "forget", self.method.forget, forget_parts),
+        )
+        for role, name, build, parts in roles:
             views = self.pair.views(role)
             self._n_labels[role] = n_labels = sum(len(part.labels) for part in parts)
             if build is None or views is None:
                 continue
-            objective = build(self._settings)
+            objective, reads_original = build(self._settings), name in self.method.reads_original
             for param, view in zip(self.params, views, strict=True):
                 param.grad = view
             for part in parts:
                 with self.autocast():
                     logits = self.task.logits(self._forward, part)
-                    losses = objective(logits, part.labels, self._original_logits(part))
+                    losses = objective(logits, part.labels, self._original_logits(part) if reads_original else None)
                 loss = losses.sum() / n_labels
                 (loss * self._loss_scale).backward()
                 self._losses[role] += loss.detach()
@@ -193,9 +196,7 @@ class PairedEngine:
             return nullcontext()
         return torch.autocast(self.layout.device.type, dtype=self._autocast)
 
-    def _original_logits(self, part: BatchLike) -> Tensor | None:
-        if not self.method.needs_original:
-            return None
+    def _original_logits(self, part: BatchLike) -> Tensor:
         assert self.original is not None, f"method {self.method.name} needs the original model"
         with torch.no_grad():
             return self.task.logits(self.original, part)

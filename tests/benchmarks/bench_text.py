@@ -30,6 +30,7 @@ from hamu.training.artifacts import read_record
 from hamu.training.batches import rows_of_roles
 from hamu.training.config import TrainConfig
 from hamu.training.loop import TrainingRun
+from hamu.training.memory import keep_freed_memory
 from hamu.training.original import provide_model
 from hamu.training.records import read_trials
 from launch.plan import make_plan
@@ -140,8 +141,9 @@ def _pct(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def measure_step(repeats: int = 15) -> dict[str, float]:
+def measure_step(repeats: int = 31) -> dict[str, float]:
     """What a step on the embedded texts spends: shares of collation, of combining and, once, of tokenising; KL against GDiff."""
+    keep_freed_memory()  # as every run does
     config = TrainConfig.from_flat({"modality": "llm", "method": "gdiff", "add_lora": True, "lr": 1e-4})
     data = modality_of(config).load_data(config)
     task = modality_of(config).make_task(config, data)
