@@ -29,9 +29,9 @@ class Method:
     name: key in METHODS. summary: one line for people. source: paper, or METHODS section. rule: Gram in, weights out.
     retain, forget: given the settings, the objective whose gradient is g_r, g_f; None where the method uses no such batch.
     reads_original: the roles, of "retain" and "forget", whose objective reads the frozen original's logits. one_block: whether
-    the rule reads the Gram of the whole model whatever the mode. is_constrained: whether the rule takes a constraint and a radius.
-    swaps_roles: whether these limits, and the hardness of a step, are those of the pair (-g_f, -g_r). averages_retain: whether
-    `gru_beta` puts a moving average in the place of g_r.
+    the rule reads the Gram of the whole model whatever the mode. is_constrained: whether the rule takes a constraint and a
+    radius. swaps_roles: whether these limits, and the hardness of a step, are those of the pair (-g_f, -g_r). averages_retain:
+    whether `gru_beta` puts a moving average in the place of g_r.
     """
 
     name: str
