@@ -193,6 +193,7 @@ def test_the_task_of_a_configuration_takes_the_tokenizer_of_the_model_it_starts_
     assert again.tokenizer.get_vocab() == task.tokenizer.get_vocab()
 
 
+@pytest.mark.slow
 def test_metrics_on_request_are_measured_at_the_end(tmp_path: Path) -> None:
     config = TrainConfig.from_flat(
         {"modality": "llm", "forget_pct": 5, "eval_tofu": True, "eval_generation_rows": 2, "max_length": 96}

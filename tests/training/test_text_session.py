@@ -74,6 +74,7 @@ def test_an_adapter_is_trained_and_gone_on_with_and_its_base_stays_what_it_was(t
     assert isinstance(plain, PeftModel), "the library's own loader takes the folder"
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_trained_and_unlearned(texts: dict[str, Any]) -> None:
     original = trained(texts)
     row, session = run_training(TrainConfig.from_flat({**texts, "method": "kl", "lr": 0.05}), progress=False)
@@ -81,6 +82,7 @@ def test_a_whole_model_is_trained_and_unlearned(texts: dict[str, Any]) -> None:
     assert row["forget_loss"] > row["original_forget_loss"] and original.is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_checkpoint_holds_what_is_trained_and_gives_the_uninterrupted_numbers(
     texts: dict[str, Any], tmp_path: Path, lora: bool
@@ -111,6 +113,7 @@ def test_a_checkpoint_holds_what_is_trained_and_gives_the_uninterrupted_numbers(
     assert all(torch.equal(value, state[name]) for name, value in changing_state(resumed.model).items()), "the KL's original too"
 
 
+@pytest.mark.slow
 def test_the_original_of_kl_is_no_second_model(texts: dict[str, Any]) -> None:
     trained(texts, add_lora=True)
     start = Path(texts["artifact_root"]) / "checkpoints" / "retain" / "seed_42" / "forget" / "full"
@@ -157,6 +160,7 @@ def test_bad_input_is_refused_in_one_line_before_any_work(
     assert not (tmp_path / "root" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_rows_without_an_answer_are_counted_and_skipped_or_refused(
     texts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +178,7 @@ def test_a_reference_that_is_no_retain_only_model_is_refused_before_the_start(tm
         check_inputs(config)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_trained_before_is_measured_on_request(tmp_path: Path) -> None:
     settings = {
         "modality": "llm", "forget_pct": 5, "artifact_root": str(tmp_path), "epochs": 0.3, "lr": 0.003, "device": "cpu",
@@ -190,6 +195,7 @@ def test_a_model_that_was_trained_before_is_measured_on_request(tmp_path: Path) 
     assert 0 <= row["tofu_forget_quality"] <= 1
 
 
+@pytest.mark.slow
 def test_a_reference_of_other_questions_is_refused_before_the_first_step(tmp_path: Path) -> None:
     settings = {"modality": "llm", "artifact_root": str(tmp_path), "epochs": 0.2, "device": "cpu", "eval_tofu": True}
     reference = run_training(TrainConfig.from_flat({**settings, "forget_pct": 5}), progress=False)[1].model_folder
@@ -198,6 +204,7 @@ def test_a_reference_of_other_questions_is_refused_before_the_first_step(tmp_pat
         run_training(TrainConfig.from_flat(other), progress=False)
 
 
+@pytest.mark.slow
 def test_other_lora_settings_than_those_of_the_adapter_that_is_gone_on_with_are_refused(texts: dict[str, Any]) -> None:
     trained(texts, add_lora=True)
     config = TrainConfig.from_flat({**texts, "method": "ft", "add_lora": True, "lora_r": 4})

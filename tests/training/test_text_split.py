@@ -119,6 +119,7 @@ def test_four_ranks_take_the_steps_of_one_that_accumulates_two_batches(ranks: Ra
     assert float((split - alone).abs().max()) <= 1e-6 * float(alone.abs().max())  # other rows go together; float32 inside
 
 
+@pytest.mark.slow
 def test_two_ranks_see_the_losses_of_one_process_in_float32(ranks: Ranks, folder: str) -> None:
     case = Case(folder=folder, dtype=torch.float32)
     ((_, _, alone),) = ranks.run(end_of, case, n=1)
