@@ -165,6 +165,8 @@ def _of_modality(config: TrainConfig) -> dict[str, Any]:
 
     said: dict[str, Any] = {f"{part} rows": source.describe() for part, source in resolve_sources(config.data).items()}
     training = config.training
+    if config.is_unlearning and not training.add_lora:
+        return said  # whether there is an adapter is the start model's to say
     return said | {"add_lora": f"r {training.lora_r}, alpha {training.lora_alpha:g}" if training.add_lora else False}
 
 
@@ -293,10 +295,18 @@ def hardness_line(config: TrainConfig, hardness: Mapping[str, float] | None, *, 
     )
 
 
+class _Plainly(logging.Formatter):
+    """The message alone, with `warning:` before what is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return ("warning: " if record.levelno >= logging.WARNING else "") + super().format(record)
+
+
 @contextlib.contextmanager
 def _said_on_stderr() -> Iterator[None]:
     """Print what the parts of this program log, a line each; the progress line stays at the bottom."""
     handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Plainly())
     handler.addFilter(lambda record: not str(record.msg).startswith("hardness"))  # printed before the run already
     logger = logging.getLogger("hamu")
     level = logger.level

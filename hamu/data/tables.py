@@ -49,6 +49,8 @@ class OpenTable:
         for column in (given,) if given else candidates:
             if column in self.schema.names:
                 return column
+        if not self.schema.names:
+            raise DataError(f"{self.name} is empty; give a file that has rows")
         wanted = repr(given) if given else " or ".join(map(repr, candidates))
         raise DataError(
             f"{self.name} has no column {wanted}; it has {', '.join(self.schema.names)}: name one of them with --{flag}"

@@ -95,7 +95,7 @@ class TextData:
     perturbed: Mapping[str, PerturbedRows] = field(default_factory=dict)
     """By "forget", "retain", "real_authors", "world_facts"; empty unless asked for."""
     sha256: str
-    """64 hex digits over retain, forget and test rows."""
+    """64 hex digits over retain and forget rows; which rows a model is tested on changes nothing of it."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Source and columns of each part; n_retain, n_forget, n_test, n_duplicates, n_empty (skipped), n_forget_in_retain."""
 
@@ -150,7 +150,7 @@ def load_text_data(data: DataConfig, *, with_perturbed: bool = False) -> TextDat
         forget=forget,
         test=test,
         perturbed=_load_perturbed(data) if with_perturbed else {},
-        sha256=sha256_texts(retain, forget, test),
+        sha256=sha256_texts(retain, forget),
         provenance={
             **provenance,
             "n_retain": len(retain),

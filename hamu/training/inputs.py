@@ -53,8 +53,19 @@ def check_inputs(config: TrainConfig) -> None:
             f"retain_reference '{reference}' is no model folder; give that of a model trained without the forget rows "
             "(--unlearning_method none, without --add_forget_to_train)"
         )
+    for flag in ("artifact_root", "output_dir", "final_model_output_dir"):
+        if (place := getattr(config.run, flag)) is not None:
+            _check_place(flag, Path(place))
     if config.run.final_model_output_dir:
         check_replaceable(Path(config.run.final_model_output_dir))
+
+
+def _check_place(flag: str, place: Path) -> None:
+    """Refuse a folder that could not be made."""
+    there = next(parent for parent in (place.absolute(), *place.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        kind = "cannot be written to" if there.is_dir() else "is a file"
+        raise CheckpointError(f"{flag} {str(place)!r}: {str(there)!r} {kind}, so the folder cannot be made; give another one")
 
 
 def find_start(config: TrainConfig) -> Path | None:

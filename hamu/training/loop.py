@@ -28,7 +28,7 @@ from hamu.training.checkpoints import changing_state, load_changing_state, load_
 from hamu.training.config import TrainConfig, check_constraint
 from hamu.training.ends import End, end_of_metrics, end_of_step, has_reached_target
 from hamu.training.engine import PRECISIONS, PairedEngine, StepReport
-from hamu.training.evaluation import evaluate
+from hamu.training.evaluation import SPLITS, evaluate
 from hamu.training.groups import Group
 from hamu.training.outcome import RunResult, hardness_columns, step_columns
 from hamu.training.pairs import FORGET, RETAIN, Wish
@@ -46,6 +46,7 @@ TRAINING = Method(
     retain=lambda settings: cross_entropy,
     forget=None,
 )
+_MANY_ROWS = 2000
 SAME_BITS_EVERY = 100
 """Steps after which the processes of a group compare their weights; they do so at the end too."""
 
@@ -161,6 +162,9 @@ class TrainingRun:
         """
         self.take_up()
         if not self._before:
+            n_rows = sum(self.task.n_rows(split) for split in SPLITS)
+            if n_rows > _MANY_ROWS:
+                logger.info("evaluating %d rows before the first step; nothing is drawn meanwhile", n_rows)
             self._before = self._evaluate()
             yield self._record("evaluation", self._before)
         elif self._is_due("eval") and self._evaluated_at != self.step < self.total_steps:

@@ -53,6 +53,7 @@ from hamu.training.stop import StopReason
 logger = logging.getLogger(__name__)
 
 _RUN_NAME = "run.json"
+_EXTRA_SETTINGS = ("eval_tofu", "eval_generation_rows", "retain_reference")
 
 
 class Session:
@@ -95,8 +96,8 @@ class Session:
         """The result of this run, where it need not be run: it resumes one that has ended, or trains what is published."""
         if not (self.config.run.resume or self.is_published()) or (row := self.ended()) is None:
             return None
-        if self._lacks_extra_metrics(row):
-            row = self._with_extra_metrics(row)
+        if self._lacks_extra_metrics():
+            return self._with_extra_metrics(row)
         logger.info(
             "this run has ended already (%s, %s steps): nothing to do; its model is %s%s",
             row["stop_reason"],
@@ -106,18 +107,21 @@ class Session:
         )
         return row
 
-    def _lacks_extra_metrics(self, row: Mapping[str, Any]) -> bool:
-        """Whether something is asked for that is measured at the end of a run, and was not when this one ended."""
-        logging = self.config.logging
-        has_tofu, has_rouge = (any(known in name for name in row) for known in ("tofu_", "_rouge"))
-        return (logging.eval_tofu and not has_tofu) or (logging.eval_generation_rows > 0 and not has_rouge)
+    def _lacks_extra_metrics(self) -> bool:
+        """Whether something is asked for that is measured at the end of a run, and was not when this one was measured last."""
+        then = read_record(self.model_folder).get("config", {})
+        now = {name: getattr(self.config.logging, name) for name in _EXTRA_SETTINGS}
+        return any(value and value != then.get(name) for name, value in now.items())
 
     def _with_extra_metrics(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Measure the model that an ended run has kept, and add that to its record."""
         logger.info("this run has ended already; measuring its model %s ...", self.model_folder)
         model = self.task.load_model(self.model_folder)
         more = dict(row) | self.task.extra_metrics(model.eval())
-        save_model(self.task, model, self.model_folder, {**read_record(self.model_folder), "result": more})
+        record = read_record(self.model_folder)
+        asked = {name: getattr(self.config.logging, name) for name in _EXTRA_SETTINGS}
+        record |= {"result": more, "config": {**record.get("config", {}), **asked}}
+        save_model(self.task, model, self.model_folder, record)
         return more
 
     def is_published(self) -> bool:

@@ -193,6 +193,19 @@ def test_a_model_that_was_trained_before_is_measured_on_request(tmp_path: Path) 
     compared = {**settings, "add_forget_to_train": True, "eval_tofu": True, "retain_reference": str(session.model_folder)}
     row, _ = run_training(TrainConfig.from_flat(compared), progress=False)
     assert 0 <= row["tofu_forget_quality"] <= 1
+    more, _ = run_training(TrainConfig.from_flat({**settings, "eval_tofu": True, "eval_generation_rows": 1}), progress=False)
+    assert "retain_rouge" in more and "tofu_forget_truth_ratio" in more
+
+
+def test_a_place_that_cannot_be_made_is_refused_before_any_work(texts: dict[str, Any]) -> None:
+    config = TrainConfig.from_flat({**texts, "final_model_output_dir": texts["dataset_name"] + "/model"})
+    with pytest.raises(CheckpointError, match="is a file, so the folder cannot be made"):
+        check_inputs(config)
+
+
+def test_other_test_rows_are_no_other_data(texts: dict[str, Any]) -> None:
+    one, other = (modality_of(c).load_data(c) for c in map(TrainConfig.from_flat, (texts, {**texts, "test_dataset_name": None})))
+    assert one.sha256 == other.sha256
 
 
 @pytest.mark.slow
