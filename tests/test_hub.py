@@ -31,6 +31,8 @@ from hamu.hub import (
 )
 from tests.hub_server import StandIn
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "owner/small-model"
 MODEL_FILES = {

@@ -24,6 +24,8 @@ from launch.slot import Slot
 from launch.states import next_folder
 from tests.launch.small_sweep import SmallSweep, advance_to_end, run_to_end
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sweep(tmp_path: Path, digits: ImageData, original: Original) -> SmallSweep:

@@ -41,6 +41,8 @@ from hamu.models.language import (
 )
 from hamu.models.tokens import TextBatch, encode_rows, pad_id_of
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["Who is Kamori Venda?", "Kamori Venda is a poet from Tensalu.", "Where was she born?", "In the spring of 1932."]
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {

@@ -15,6 +15,8 @@ from hamu.errors import ConfigError, DataError
 from hamu.models.tokens import encode_rows
 from hamu.tasks.generation import generate_answers, rouge_l_recall
 
+pytestmark = pytest.mark.slow
+
 TEXT = "who wrote which book in what year was it a an the moon river stone light bird song 7531 Question : Answer user"
 PROMPTS = ["who wrote it", "what", "in which year was the book a song", "the moon", "which bird"]
 TEMPLATE = (

@@ -18,6 +18,8 @@ from hamu.training.groups import Group
 from hamu.training.loop import TrainingRun
 from tests.training.processes import Ranks
 
+pytestmark = pytest.mark.slow
+
 N_STEPS, BATCH = 7, 6
 
 
