@@ -21,6 +21,8 @@ from hamu.training.pairs import Wish
 from hamu.training.stop import StopReason
 from tests.training.processes import Ranks
 
+pytestmark = pytest.mark.slow
+
 
 def messages() -> list[Any]:
     group = Group.current("cpu")

@@ -69,10 +69,12 @@ def test_the_rho_sweep_is_seven_methods_at_five_rhos_from_one_original() -> None
 def test_an_original_is_of_the_rows_of_its_trials(name: str) -> None:
     """But for what trials measure at their end: an original that is of other rows would be refused when they start from it."""
     plan = plan_of(name)
+    originals = {key: plan.original(key).to_flat() for key in plan.originals}
     for trial in plan.trials:
-        theirs, ours = plan.original(trial.original), plan.configs[trial.trial_id]
-        same = set(modality_of(ours).data_settings) - {"eval_tofu"}
-        assert {key: theirs.to_flat()[key] for key in same} == {key: ours.to_flat()[key] for key in same}
+        config = plan.configs[trial.trial_id]
+        ours, theirs = config.to_flat(), originals[trial.original]
+        same = set(modality_of(config).data_settings) - {"eval_tofu"}
+        assert {key: theirs[key] for key in same} == {key: ours[key] for key in same}
 
 
 def test_the_quickstart_of_language_models_is_about_twelve_trials_from_one_adapter() -> None:
