@@ -46,9 +46,9 @@ class WarmParts:
         """A trial's task and the data it is drawn from."""
         data: Data = self._fetch(self._shared.data[data_key(config)])
         logging, run = config.logging, config.run
-        adapter = tuple(getattr(config.training, name) for name in _OF_MODEL)
         key = (
-            data_key(config), config.data, run.model_name, run.img_size, run.seed, trial.original, *adapter, logging.eval_tofu,
+            data_key(config), config.data, run.model_name, run.img_size, run.seed, trial.original, *_model_settings(config),
+            logging.eval_tofu,
             logging.eval_generation_rows, logging.retain_reference,
         )  # fmt: skip
         if key not in self._tasks:
@@ -74,9 +74,7 @@ class WarmParts:
     def model(self, trial: PlannedTrial, task: Task) -> nn.Module:
         """The model to change, with the original's weights. There is one for all trials from one original, and of one kind."""
         original: Original = self._fetch(self._shared.originals[trial.original])
-        training = self._shared.plan.configs[trial.trial_id].training
-        adapter = tuple(getattr(training, name) for name in _OF_MODEL)
-        key = (trial.original, *adapter)
+        key = (trial.original, *_model_settings(self._shared.plan.configs[trial.trial_id]))
         if key not in self._models:
             while len(self._models) >= _MAX_MODELS:
                 gone = next(iter(self._models))
@@ -97,13 +95,25 @@ class WarmParts:
         """Bytes that a process of the trial should need at most; measured once for trials of a kind."""
         config = run.config
         batch_size, optimizer = config.training.per_device_train_batch_size, config.optimizer_name
-        adapter = tuple(getattr(config.training, name) for name in _OF_MODEL)
-        key = (trial.original, config.data, optimizer, batch_size, config.training.precision, *adapter, *_passes_of(run))
+        key = (
+            trial.original,
+            config.data,
+            optimizer,
+            batch_size,
+            config.training.precision,
+            *_model_settings(config),
+            *_passes_of(run),
+        )
         if key not in self._estimates:
             self._estimates[key] = estimate_memory(
                 task, run.engine, optimizer_name=optimizer, size=self._size, batch_size=batch_size
             )
         return self._estimates[key]
+
+
+def _model_settings(config: TrainConfig) -> tuple[Any, ...]:
+    """The settings that decide how a folder is loaded as a model."""
+    return tuple(getattr(config.training, name) for name in _OF_MODEL)
 
 
 def _shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

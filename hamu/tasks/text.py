@@ -28,7 +28,7 @@ from hamu.models.language import (
     train_tokenizer,
 )
 from hamu.models.tokens import PackedRows, TextBatch, encode_rows, pad_id_of
-from hamu.scores import mean_by_row, min_k_by_row, token_scores
+from hamu.scores import CHUNK_ELEMENTS, mean_by_row, min_k_by_row, token_scores
 from hamu.tasks.base import SPLITS, RowScores
 from hamu.tasks.tofu import write_truth_ratios
 
@@ -42,8 +42,6 @@ MAX_LENGTH = 1024
 
 _LONGER, _FEW = 1.25, 8
 _DRAWS = 16
-_LOGITS_PER_CHUNK = 2**24
-"""Logits that an evaluation holds at once, at most."""
 
 
 class TextTask:
@@ -174,7 +172,7 @@ class TextTask:
     def row_scores(self, model: nn.Module, batch: TextBatch) -> RowScores:
         """Score each row, without a graph; of the logits only a part is held at a time."""
         assert isinstance(model, LanguageModel)
-        size = max(1, _LOGITS_PER_CHUNK // self.n_classes)
+        size = max(1, CHUNK_ELEMENTS // self.n_classes)
         chunks = model.chunks(batch.ids, batch.mask, batch.where, n_labels=size)
         scores = [token_scores(logits, labels) for logits, labels in zip(chunks, batch.labels.split(size), strict=True)]
         logprob, correct, entropy = (
