@@ -28,7 +28,7 @@ from hamu.errors import CheckpointError
 from hamu.training.artifacts import make_record, start_model_of
 from hamu.training.groups import Group, is_partner_gone
 from hamu.training.loop import TrainingRun
-from hamu.training.memory import is_device_error, keep_freed_memory, peak_memory, reset_peak_memory
+from hamu.training.memory import cap_memory, is_device_error, keep_freed_memory, peak_memory, reset_peak_memory
 from hamu.training.original import save_model
 from hamu.training.records import Recorder
 from hamu.training.stop import StopReason
@@ -67,6 +67,7 @@ class Slot:
         self._shared, self._group = shared, group or Group.alone(device or shared.device)
         self._device = self._group.device
         self._is_first = self._group.is_first
+        cap_memory(self._device, shared.gpu_share)
         self._folder = SweepFolder(Path(shared.folder))
         self._trials = {trial.trial_id: trial for trial in shared.plan.trials}
         self._warm = WarmParts(shared, fetch, device=self._device, size=self._group.size)
@@ -113,6 +114,8 @@ class Slot:
         try:
             if self._overrides:
                 self._config = self._config.replace(**self._overrides)
+            if (reference := self._retain_reference()) is not None:
+                self._config = self._config.replace(retain_reference=reference)
             if self._is_first:
                 found, row = self._open(load_from)
         except Exception as caught:
@@ -197,6 +200,13 @@ class Slot:
         is_foreign = take_state(Path(load_from), folder, trial_id=self._trial.trial_id, recipe=recipe)
         return _GO_FOREIGN if is_foreign else _GO, {}
 
+    def _retain_reference(self) -> str | None:
+        """Folder of the sweep's own retain-only model, for a trial that is measured against one and names none."""
+        logging = self._config.logging
+        if not logging.eval_tofu or logging.retain_reference is not None or self._trial.reference is None:
+            return None
+        return self._shared.retain_references.get(self._trial.reference)
+
     def _set_up(self, *, is_foreign: bool) -> None:
         config, trial = self._config, self._trial
         self._task, self._data = self._warm.task(trial, config)
@@ -214,7 +224,7 @@ class Slot:
         )
         self._estimate = self._warm.estimate(trial, self._task, self._run).total
         self._reports = iter(self._run)
-        self._metrics |= {"step": 0, **self._said_before, "total_steps": self._run.total_steps}
+        self._metrics |= {"step": 0, **self._said_before, "total_steps": self._run.total_steps, "n_classes": self._task.n_classes}
         self._setup_s = time.time() - self._started_at
 
     def _agreed(self, found: int, error: Exception | None) -> int:
@@ -311,7 +321,9 @@ class Slot:
         row = {
             **failed_row(self._shared.plan, self._trial, text, self._config),
             "train_s": self._run.train_s if self._run is not None else 0.0,
+            "steps_s": self._run.steps_s if self._run is not None else 0.0,
             "steps": self._run.step if self._run is not None else 0,
+            "total_steps": self._run.total_steps if self._run is not None else None,
         }
         if self._is_first:
             self._trial_folder.mkdir(parents=True, exist_ok=True)
@@ -328,6 +340,7 @@ class Slot:
     def _write_row(self, row: dict[str, Any]) -> None:
         peaks = row.get("peak_bytes_per_rank") or [peak_memory(self._device)]
         row = row | {
+            "reference": self._trial.reference,
             "started_at": self._started_at,
             "ended_at": time.time(),
             "setup_s": time.time() - self._started_at if self._setup_s is None else self._setup_s,

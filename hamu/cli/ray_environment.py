@@ -29,6 +29,7 @@ _SETTINGS = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # sweep.json and row.json are what a sweep resumes from
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_task_oom_retries": "2",  # Ray's default tries a task that fills the memory for ever
 }
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MAX_PATH = 107  # of a Unix socket

@@ -136,8 +136,8 @@ def describe(parsed: Parsed, start: Path | None = None) -> str:
     }
     if config.is_hamu:
         resolved |= {
-            "constraint_ratio": f"{config.constraint_ratio:g}",
-            "hamu_constraint": f"{config.constraint:g} nats",
+            "constraint_ratio": f"{config.constraint_ratio:g}" + " of S" * config.method.relative_constraint,
+            "hamu_constraint": f"{config.constraint:g} nats" + " times S" * config.method.relative_constraint,
             "radius": "learning rate * gradient norm" if config.radius is None else config.radius,
             "split": config.split,
         }
@@ -291,7 +291,7 @@ def hardness_line(config: TrainConfig, hardness: Mapping[str, float] | None, *, 
     when = " at step 0" if is_resumed else ""
     return (
         f"hardness{when}: S = {hardness['gradient_product']:.4g}, largest feasible constraint ratio "
-        f"{hardness['max_constraint_ratio']:.4g} (asked for: {config.constraint_ratio:.4g})\n"
+        f"{hardness['max_constraint_ratio']:.4g} (asked for: {config.ratio_words(hardness['gradient_product'])})\n"
     )
 
 

@@ -92,6 +92,13 @@ def clip_factors(grams: Grams, max_grad_norm: float | None) -> tuple[float, floa
     return retain, forget
 
 
+def unscaled_clip(grams: Grams, max_grad_norm: float | None, loss_scale: float) -> tuple[float, float]:
+    """Give the factors that clip g_r and g_f of a pair whose losses were scaled, and take that scale out of them."""
+    unscale = 1 / loss_scale
+    retain, forget = clip_factors(grams if unscale == 1 else grams.scaled(unscale, unscale), max_grad_norm)
+    return retain * unscale, forget * unscale
+
+
 class BlockLayout:
     """Where each tensor of a model lies in a flat buffer of rows, and what is done on whole buffers.
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hamu.errors import DataError
 
 if TYPE_CHECKING:
+    from hamu.data.splits import ForgetSet
     from hamu.tasks.base import Data, Task
     from hamu.training.config import TrainConfig
 
@@ -29,17 +30,18 @@ class Modality:
     """How runs on one kind of data are set up.
 
     check_rows: refuse local rows that are not what the settings say, before torch is imported; nothing is fetched.
-    load_data: the rows. check_forget_set: refuse loaded rows from which the forget set cannot be drawn. make_task: the task of a
-    configuration on loaded rows, `make_task(config, data, device=, start=)` with the folder of the model that will be loaded, if
-    any. task_name: folder name of the data. group: folder, within a task and a seed, of the models that belong to a forget set.
-    suffix: of the variants "full" and "retain" there. data_settings: the settings that decide which rows `load_data` gives.
-    hub_rows: the datasets that the settings name, of which some may be on the hub. models: names of built-in models; datasets: of
-    built-in rows.
+    load_data: the rows. check_forget_set: refuse loaded rows from which the forget set cannot be drawn. n_retain: how many of the
+    loaded rows a trial keeps. make_task: the task of a configuration on loaded rows, `make_task(config, data, device=, start=)`
+    with the folder of the model that will be loaded, if any. task_name: folder name of the data. group: folder, within a task and
+    a seed, of the models that belong to a forget set. suffix: of the variants "full" and "retain" there. data_settings: the
+    settings that decide which rows `load_data` gives. hub_rows: the datasets that the settings name, of which some may be on the
+    hub. models: names of built-in models; datasets: of built-in rows.
     """
 
     check_rows: Callable[[TrainConfig], None]
     load_data: Callable[[TrainConfig], Data]
     check_forget_set: Callable[[TrainConfig, Any], None]
+    n_retain: Callable[[TrainConfig, Any], int]
     make_task: Callable[..., Task]
     task_name: Callable[[TrainConfig], str]
     group: Callable[[TrainConfig, str], str]
@@ -93,13 +95,17 @@ def _check_images(config: TrainConfig) -> None:
         )
 
 
-def _draw(config: TrainConfig, labels: Any) -> None:
+def _draw(config: TrainConfig, labels: Any) -> ForgetSet:
     from hamu.data.splits import draw_forget_set
 
     data = config.data
-    draw_forget_set(
+    return draw_forget_set(
         labels, forget_class=data.forget_class, rho=data.hard_probability, seed=config.run.seed, split_ratio=data.split_ratio
     )
+
+
+def _check_drawn(config: TrainConfig, data: Any) -> None:
+    _draw(config, data.train_labels)
 
 
 def _load_images(config: TrainConfig) -> Data:
@@ -184,7 +190,8 @@ MODALITIES: dict[str, Modality] = {
     "vision": Modality(
         check_rows=_check_images,
         load_data=_load_images,
-        check_forget_set=lambda config, data: _draw(config, data.train_labels),
+        check_forget_set=_check_drawn,
+        n_retain=lambda config, data: len(_draw(config, data.train_labels).retain),
         make_task=_vision_task,
         task_name=_image_task_name,
         group=_forget_class_group,
@@ -198,6 +205,7 @@ MODALITIES: dict[str, Modality] = {
         check_rows=_check_texts,
         load_data=_load_texts,
         check_forget_set=lambda config, data: None,  # its rows were named, and loaded
+        n_retain=lambda config, data: len(data.retain),
         make_task=_text_task,
         task_name=_text_task_name,
         group=_forget_subset_group,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -44,6 +45,11 @@ ALIASES = {
     "batch_size": "per_device_train_batch_size",
 }
 TRAINING_LR, UNLEARNING_LR = 1e-3, 1e-4
+# Settings that came later: at their defaults they are left out of a recipe, which names folders of earlier runs.
+_LATER = {
+    "model_revision": None, "dataset_revision": None, "relative_constraint": False, "stopping_patience": 1,
+    "stopping_softness": 0.0, "eval_at_ends": True,
+}  # fmt: skip
 _ROUNDING = 1e-9  # a ratio of exactly 1 must not fail by the rounding of ratio * lr
 
 # What ends a training run too, among the settings of the method.
@@ -125,7 +131,7 @@ class TrainConfig:
         left_out = _NOT_RECIPE | (VISION_ONLY if self.is_text else _TEXT_ONLY)
         flat = {name: value for name, value in self.to_flat().items() if name not in left_out}
         flat |= {} if self.is_text else _LORA_OF_IMAGES
-        for name in [name for name in ("model_revision", "dataset_revision") if flat[name] is None]:
+        for name in [name for name, default in _LATER.items() if flat[name] == default]:
             del flat[name]
         if not self.is_unlearning:
             kept = _LOSS_THRESHOLDS if self.method.stop_on_loss_thresholds else ()
@@ -179,7 +185,10 @@ class TrainConfig:
 
     @property
     def constraint(self) -> float:
-        """Required first-order loss change a step, in nats (>= 0); 0 for a method without one."""
+        """Required first-order loss change a step, in nats (>= 0); 0 for a method without one.
+
+        With `relative_constraint` it is per unit of S, which only a run can measure: `constraint_of`.
+        """
         if not self.is_hamu:
             return 0.0
         if self.method.hamu_constraint is not None:
@@ -189,13 +198,26 @@ class TrainConfig:
 
     @property
     def constraint_ratio(self) -> float | None:
-        """constraint / lr as given (default 0.5); None for a method without a constraint."""
+        """constraint / lr as given (default 0.5), with `relative_constraint` a share of S; None for a method without one."""
         if not self.is_hamu:
             return None
         if self.method.hamu_constraint is not None:
             return self.method.hamu_constraint / self.lr
         ratio = self.method.constraint_ratio
         return DEFAULT_CONSTRAINT_RATIO if ratio is None else ratio
+
+    def constraint_of(self, product: float | None) -> float:
+        """The constraint in nats, at S = `product`; an S that is not known (None), or not finite, asks for nothing."""
+        if not self.method.relative_constraint:
+            return self.constraint
+        return self.constraint * product if product is not None and math.isfinite(product) else 0.0
+
+    def ratio_words(self, product: float | None) -> str:
+        """The constraint ratio in words: as given, and for a share of S = `product` what it resolves to."""
+        if not self.method.relative_constraint:
+            return f"{self.constraint_ratio:.4g}"
+        resolved = "" if product is None else f" = {self.constraint_of(product) / self.lr:.4g}"
+        return f"{self.constraint_ratio:.4g} of S{resolved}"
 
     @property
     def radius(self) -> float | None:
@@ -238,7 +260,8 @@ def check_constraint(config: TrainConfig, n_blocks: int) -> None:
     """Refuse a constraint that no clipped gradients could meet: Q > limit, in nats.
 
     Limit: lr * M^2 (lr radius), radius * M (fixed, whole model), radius * sqrt(n_blocks) * M (fixed, per block), with
-    M = `max_grad_norm`. Source: Cauchy-Schwarz over blocks.
+    M = `max_grad_norm`. Source: Cauchy-Schwarz over blocks. A share of S above 1 is refused with the lr radius: no step at the
+    gradients where S is measured changes a loss by more than lr * S (which is at most lr * M^2).
 
     Args:
         config: any configuration; only HAMU has a constraint.
@@ -248,6 +271,14 @@ def check_constraint(config: TrainConfig, n_blocks: int) -> None:
         ConfigError: the constraint is larger than the limit.
     """
     if not config.is_hamu:
+        return
+    if config.method.relative_constraint:
+        ratio = config.constraint / config.lr
+        if config.radius is None and ratio > 1 + _ROUNDING:
+            raise ConfigError(
+                f"constraint_ratio {ratio:g} of S (relative_constraint) is more than any step could meet where S is measured; "
+                "use a constraint_ratio of at most 1, or leave relative_constraint out"
+            )
         return
     norm, constraint = config.training.max_grad_norm, config.constraint
     if config.radius is None:

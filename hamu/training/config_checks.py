@@ -15,8 +15,8 @@ KNOWN_BLOCKS = {"resnet20": 65}
 _TEXT_SETTINGS = frozenset(("gradient_checkpointing", "forget_pct", "strict", "chat_template", "max_length"))
 _HAMU_ONLY = (
     "hamu_constraint", "constraint_ratio", "hamu_radius", "use_lr_radius", "continue_on_failed_feasibility",
-    "stop_on_stopping_criterion", "full_grad", "distribute_constraint_softmax_dp", "distribute_constraint_uniform",
-    "no_normalize_distributed_constraint",
+    "stop_on_stopping_criterion", "relative_constraint", "stopping_patience", "stopping_softness", "full_grad",
+    "distribute_constraint_softmax_dp", "distribute_constraint_uniform", "no_normalize_distributed_constraint",
 )  # fmt: skip
 
 
@@ -54,8 +54,27 @@ def check_together(config: TrainConfig) -> None:
         ):
             if is_set:
                 raise ConfigError(f"{name} looks at evaluations, but eval_strategy is 'no'; use eval_strategy epoch or steps")
+    _check_ends(config)
     if config.is_unlearning and config.data.add_forget_to_train:
         raise ConfigError(f"add_forget_to_train is for training an original; leave it out with method {config.method_name!r}")
+
+
+def _check_ends(config: TrainConfig) -> None:
+    """Refuse a run without any evaluation together with what needs one."""
+    if config.logging.eval_at_ends:
+        return
+    if config.logging.eval_strategy != "no":
+        raise ConfigError(
+            f"eval_at_ends False is a run without evaluations, but eval_strategy is {config.logging.eval_strategy!r}; give "
+            "eval_strategy no too"
+        )
+    for name, is_set in (
+        ("eval_generation_rows", config.logging.eval_generation_rows > 0),
+        ("eval_tofu", config.logging.eval_tofu),
+        ("select_best_model_by_subset_accuracy", config.training.select_best_model_by_subset_accuracy),
+    ):
+        if is_set:
+            raise ConfigError(f"{name} looks at evaluations, but eval_at_ends is False; leave one of them out")
 
 
 def _check_pairing(config: TrainConfig) -> None:
@@ -131,6 +150,9 @@ def warnings_of(config: TrainConfig) -> list[str]:
             said.append(f"{', '.join(without)}: no effect, method {config.method_name!r} has no constraint")
     elif config.method.use_optimizer:
         said.append("use_optimizer: AdamW changes HAMU's step, so its radius and constraint are not guaranteed")
+    pace = [name for name in ("stopping_patience", "stopping_softness") if name in given]
+    if pace and config.is_hamu and not config.method.stop_on_stopping_criterion:
+        said.append(f"{', '.join(pace)}: no effect without stop_on_stopping_criterion")
     if config.is_hamu and config.method.use_lr_radius and config.method.hamu_radius is not None:
         said.append(f"hamu_radius {config.method.hamu_radius:g}: no effect with use_lr_radius; leave one of them out")
     if not (config.is_text or config.is_unlearning) and config.data.add_forget_to_train and config.data.hard_probability:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from hamu.methods.base import Method, MethodSettings
 from hamu.methods.combine import Decision, StepRules, decide_step
-from hamu.methods.gram import clip_factors
+from hamu.methods.gram import unscaled_clip
 from hamu.training.groups import Group, SplitPair, roles_of
-from hamu.training.pairs import FORGET, NO_WISH, RETAIN, GradientPair, LocalPair, Wish
+from hamu.training.pairs import FORGET, NO_WISH, RETAIN, GradientPair, LocalPair, Reading, Wish
 
 FLOAT16_LOSS_SCALE = 1024.0
 """Keeps small gradients of a float16 backward pass above its underflow; an overflow ends the run as non-finite."""
@@ -91,7 +91,7 @@ class PairedEngine:
         self.params: list[Tensor] = [param for param in model.parameters() if param.requires_grad]
         self._settings = settings or MethodSettings()
         self._freeze_batchnorm, self._autocast = freeze_batchnorm, autocast
-        self._loss_scale = FLOAT16_LOSS_SCALE if autocast is torch.float16 else 1.0
+        self.loss_scale = FLOAT16_LOSS_SCALE if autocast is torch.float16 else 1.0
         self._forward: nn.Module = torch.compile(model) if compile_model else model  # type: ignore[assignment]
         self.pair: GradientPair
         if group is None or group.size == 1:
@@ -136,27 +136,29 @@ class PairedEngine:
                     logits = self.task.logits(self._forward, part)
                     losses = objective(logits, part.labels, self._original_logits(part) if reads_original else None)
                 loss = losses.sum() / n_labels
-                (loss * self._loss_scale).backward()
+                (loss * self.loss_scale).backward()
                 self._losses[role] += loss.detach()
+
+    def read(self, wish: Wish = NO_WISH) -> Reading:
+        """Read the pair's Grams as the backward passes left it, losses and wishes.
+
+        Reads the device once; once more where the gradients of some block are nearly colinear, so that Grams in float64 are
+        needed. With a group this is where its processes exchange their gradients, and all of them read the same.
+        """
+        self.pair.exchange(self._losses, self._n_labels, wish)
+        reading = self.pair.read(precise=False)
+        return self.pair.read(precise=True) if reading.grams.is_nearly_colinear else reading
 
     def decide(self, *, lr: float, rules: StepRules, max_grad_norm: float | None, wish: Wish = NO_WISH) -> StepReport:
         """Turn the pair's Grams into weights.
 
-        Reads the device once; once more where the gradients of some block are nearly colinear, so that Grams in float64 are
-        needed, and with GRU's moving average. With a group this is where its processes exchange their gradients, and all of
-        them report the same.
+        Reads the device as `read` does, and once more with GRU's moving average.
         """
-        self.pair.exchange(self._losses, self._n_labels, wish)
-        reading = self.pair.read(precise=False)
-        if reading.grams.is_nearly_colinear:
-            reading = self.pair.read(precise=True)
-        unscale = 1 / self._loss_scale
+        reading = self.read(wish)
         of_step = reading.grams
-        grams = of_step if unscale == 1 else of_step.scaled(unscale, unscale)
-        retain_clip, forget_clip = clip_factors(grams, max_grad_norm)
-        clip = retain_clip * unscale, forget_clip * unscale
+        clip = unscaled_clip(of_step, max_grad_norm, self.loss_scale)
         is_averaged = self._settings.gru_beta > 0 and self.method.averages_retain
-        if is_averaged and grams.is_finite and not reading.wish.stop:
+        if is_averaged and of_step.is_finite and not reading.wish.stop:
             self._take_average(clip[0])
             clip, of_step = (1.0, clip[1]), self.pair.read(precise=True).grams
         decision = decide_step(self.method, of_step, lr=lr, rules=rules, clip=clip)
@@ -164,8 +166,8 @@ class PairedEngine:
             decision=decision,
             retain_loss=reading.retain_loss,
             forget_loss=reading.forget_loss,
-            retain_grad_norm=math.sqrt(grams.retain.sum()),
-            forget_grad_norm=math.sqrt(grams.forget.sum()),
+            retain_grad_norm=math.sqrt(reading.grams.retain.sum()) / self.loss_scale,
+            forget_grad_norm=math.sqrt(reading.grams.forget.sum()) / self.loss_scale,
             wish=reading.wish,
         )
 

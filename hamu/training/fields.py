@@ -10,6 +10,7 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from hamu.errors import ConfigError, unknown
@@ -31,10 +32,11 @@ def switch(text: str) -> Any:
     return dataclasses.field(default=None, metadata={"help": text.replace("%", "%%"), "nargs": "?", "const": True})
 
 
+@cache  # read for each of a plan's hundreds of trials
 def settings_of(cls: type) -> dict[str, tuple[type, bool]]:
     """Name of each field of `cls` -> (its plain type: bool, int, float, str or list; whether None is allowed).
 
-    Read from the annotations, not from `dataclasses.fields`, whose `type` the argument parser overwrites.
+    Read from the annotations, not from `dataclasses.fields`, whose `type` the argument parser overwrites. Not to be changed.
     """
     found: dict[str, tuple[type, bool]] = {}
     for name, hint in typing.get_type_hints(cls).items():

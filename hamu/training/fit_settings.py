@@ -77,6 +77,9 @@ class LogConfig:
     logging_steps: float = setting(1.0, "every so many steps; below 1: that fraction of an epoch")
     eval_strategy: str = setting("epoch", "when the model is evaluated, besides start and end: no, steps or epoch")
     eval_steps: float | None = setting(None, "every so many steps; below 1: that fraction of an epoch")
+    eval_at_ends: bool = setting(
+        True, "evaluate before the first step and at the end; False, for timing: no evaluation at all (eval_strategy no)"
+    )
     longer_eval_steps: int | None = setting(None, "no meaning here: every evaluation is complete")
     eval_on_start: bool = setting(False, "no meaning here: an evaluation before the start is always made")
     eval_on_subsets: bool = setting(False, "no meaning here: retain, forget and test rows are always evaluated")

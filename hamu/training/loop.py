@@ -15,37 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hamu.errors import CheckpointError
-from hamu.methods.base import Method, MethodSettings
-from hamu.methods.catalog import find_method
-from hamu.methods.core import descend_retain
-from hamu.methods.objectives import cross_entropy
 from hamu.tasks.base import Task
-from hamu.training.batches import BatchPlan, rows_of_roles
-from hamu.training.checkpoints import changing_state, load_changing_state, load_checkpoint, save_checkpoint
+from hamu.training.checkpoints import changing_state, load_changing_state
 from hamu.training.config import TrainConfig, check_constraint
-from hamu.training.ends import End, end_of_metrics, end_of_step, has_reached_target
-from hamu.training.engine import PRECISIONS, PairedEngine, StepReport
+from hamu.training.ends import End, end_of_metrics, end_of_step, has_reached_target, is_firing
+from hamu.training.engine import StepReport
 from hamu.training.evaluation import SPLITS, evaluate
 from hamu.training.groups import Group
 from hamu.training.outcome import RunResult, hardness_columns, step_columns
-from hamu.training.pairs import FORGET, RETAIN, Wish
+from hamu.training.pairs import Wish
 from hamu.training.records import Recorder
+from hamu.training.run_parts import batches_of_step, make_engine, method_of, plan_batches, train_split
+from hamu.training.run_state import Parts, RunState, left_as_it_is, load_run, save_run
 from hamu.training.schedule import lr_factor, make_optimizer, rules_at
 from hamu.training.stop import StopReason
 
 logger = logging.getLogger(__name__)
 
-TRAINING = Method(
-    name="none",
-    summary="plain training",
-    source="none: cross-entropy",
-    rule=descend_retain,
-    retain=lambda settings: cross_entropy,
-    forget=None,
-)
 _MANY_ROWS = 2000
 SAME_BITS_EVERY = 100
 """Steps after which the processes of a group compare their weights; they do so at the end too."""
@@ -89,40 +77,19 @@ class TrainingRun:
     ) -> None:
         self.config, self.task, self.model = config, task, model
         self.group = group or Group.alone(next(model.parameters()).device)
-        self.method = find_method(config.method_name) if config.is_unlearning else TRAINING
-        if self.method.needs_original and original is None:
-            original = task.frozen(model)
+        self.method = method_of(config)
         self._recorder, self._checkpoint_path, self._adopts = recorder, checkpoint_path, adopt_checkpoint
-        self.engine = PairedEngine(
-            task,
-            model,
-            self.method,
-            settings=MethodSettings(**{name: getattr(config.method, name) for name in MethodSettings.__dataclass_fields__}),
-            original=original,
-            freeze_batchnorm=config.freeze_batchnorm,
-            autocast=PRECISIONS[config.training.precision],
-            compile_model=task.can_compile and not config.training.no_torch_compile and next(model.parameters()).is_cuda,
-            group=self.group,
-        )
+        self.engine = make_engine(config, task, model, self.method, original=original, group=self.group)
         check_constraint(config, self.engine.layout.n_blocks)
-        self._train_split = "retain" if config.is_unlearning or not config.data.add_forget_to_train else "train"
-        # A pair of processes takes the rows of one; in plain training each process does. One process alone can do the steps of
-        # several, by accumulation.
-        n_processes = max(self.group.size, config.run.num_workers if config.is_split else 1)
-        assert self.group.size in (1, n_processes), "the group has as many processes as the configuration says"
-        n_pairs = n_processes if self.method is TRAINING else max(1, n_processes // 2)
-        self.plan = BatchPlan(
-            n_retain=task.n_rows(self._train_split),
-            n_forget=task.n_rows("forget"),
-            rows_per_step=config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps * n_pairs,
-            seed=config.shuffle_seed if config.data.shuffle_dataset else None,
-        )
+        self.plan = plan_batches(config, task, self.method, n_processes=self.group.size)
         steps_per_epoch = self.plan.steps_per_epoch
         self.total_steps = max(1, round(config.training.num_train_epochs * steps_per_epoch))
         self._every = {kind: config.logging.every(kind, steps_per_epoch) for kind in ("logging", "eval", "save")}
         self.optimizer = make_optimizer(config, self.engine.params)
-        self.step = 0
-        self.train_s = 0.0
+        self._state = RunState()
+        self._parts = Parts(
+            config=config, model=model, engine=self.engine, optimizer=self.optimizer, group=self.group, recorder=recorder
+        )
         self.result: RunResult | None = None
         self._requested: StopReason | None = None
         self._pause_at: float | None = None
@@ -130,13 +97,23 @@ class TrainingRun:
         """Whether the last step ended after the time of `pause_at`."""
         self._stop: StopReason | None = None
         self._message: str | None = None
-        self._before: dict[str, float] = {}
-        self._after: dict[str, float] = {}
-        self._hardness: dict[str, float] = {}
-        self._best: dict[str, Any] = {}
-        self._evaluated_at = -1
         self._started = time.perf_counter()
         self._is_taken_up = False
+
+    @property
+    def step(self) -> int:
+        """Steps applied so far."""
+        return self._state.step
+
+    @property
+    def train_s(self) -> float:
+        """Seconds of steps and evaluations so far."""
+        return self._state.train_s
+
+    @property
+    def steps_s(self) -> float:
+        """Seconds inside steps so far."""
+        return self._state.steps_s
 
     @property
     def lr(self) -> float:
@@ -161,13 +138,16 @@ class TrainingRun:
         With `pause_at` a step after its deadline is reported too, and not recorded (kind "progress").
         """
         self.take_up()
-        if not self._before:
+        is_measured = self.config.method.relative_constraint and self.method.is_constrained
+        if is_measured and not self._state.hardness:
+            self._note_hardness(self.measure_hardness())
+        if not self._state.before and self.config.logging.eval_at_ends:
             n_rows = sum(self.task.n_rows(split) for split in SPLITS)
             if n_rows > _MANY_ROWS:
                 logger.info("evaluating %d rows before the first step; nothing is drawn meanwhile", n_rows)
-            self._before = self._evaluate()
-            yield self._record("evaluation", self._before)
-        elif self._is_due("eval") and self._evaluated_at != self.step < self.total_steps:
+            self._state.before = self._evaluate()
+            yield self._record("evaluation", self._state.before)
+        elif self._is_due("eval") and self._state.evaluated_at != self.step < self.total_steps:
             yield self._evaluation()  # saved between a step and its evaluation
         while self.step < self.total_steps and self._stop is None:
             if self._requested is not None and self.group.size == 1:
@@ -176,11 +156,14 @@ class TrainingRun:
             started = time.perf_counter()
             self.engine.set_training_mode()
             report = self._take_step()
-            self.train_s += time.perf_counter() - started
+            spent = time.perf_counter() - started
+            self._state.train_s += spent
+            self._state.steps_s += spent
             if report.wish.stop:
                 break
             self.is_pause_due = report.wish.pause
-            if self._is_due("logging") or self._stop is not None or self.step == 1:
+            is_end = self._stop is not None or (self.step == self.total_steps and not self.config.logging.eval_at_ends)
+            if self._is_due("logging") or is_end or self.step == 1:
                 # A step that was withheld has its own number, one more than the last one that was applied.
                 withheld: dict[str, Any] = {"step": self.step + 1} if self._stop is not None else {}
                 yield self._record("step", step_columns(report, self.method) | withheld)
@@ -205,13 +188,14 @@ class TrainingRun:
         self._is_taken_up = True
         exists = self._checkpoint_path is not None and self._checkpoint_path.exists()
         if self._checkpoint_path is not None and self.group.first(exists):
-            self._resume(load_checkpoint(self._checkpoint_path))
+            self._state, self._started = load_run(self._checkpoint_path, self._parts, adopts=self._adopts)
+            logger.info("resumed at step %d of %d", self.step, self.total_steps)
         elif self._recorder is not None:
             self._recorder.truncate(0)
 
     def _take_step(self) -> StepReport:
         """One step of the method: gradients, Grams, stopping, weights, optimizer."""
-        retain_parts, forget_parts = self._batches()
+        retain_parts, forget_parts = self.batches(self.step)
         lr, random_state = self.lr, torch.get_rng_state()
         self.engine.gradients(retain_parts, forget_parts)
         wish = Wish(
@@ -219,38 +203,38 @@ class TrainingRun:
             pause=self._pause_at is not None and time.monotonic() > self._pause_at,
         )
         report = self.engine.decide(
-            lr=lr, rules=rules_at(self.config, lr), max_grad_norm=self.config.training.max_grad_norm, wish=wish
+            lr=lr, rules=rules_at(self.config, lr, self._product), max_grad_norm=self.config.training.max_grad_norm, wish=wish
         )
         if report.wish.stop:
             self._stop = _REASONS[report.wish.stop - 1]
             torch.set_rng_state(random_state)  # as if the step had not been begun: a resumed run begins it again
             return report
-        if not self._hardness and self.method.is_constrained:
-            self._note_hardness(report)
-        self._end(end_of_step(report, config=self.config, method=self.method, step=self.step, lr=lr))
+        if not self._state.hardness and self.method.is_constrained:
+            self._note_hardness(hardness_columns(report))
+        fires = is_firing(report.decision.hardness, config=self.config, lr=lr)
+        self._state.fired = fired = self._state.fired + 1 if fires else 0
+        self._end(end_of_step(report, config=self.config, step=self.step, lr=lr, fired=fired, product=self._product))
         if self._stop is None:
             self.engine.apply(report.decision, lr=lr, optimizer=self.optimizer)
-            self.step += 1
+            self._state.step += 1
             if self.step % SAME_BITS_EVERY == 0:
                 self._check_same_bits()
         return report
 
+    def batches(self, step: int) -> tuple[list[Any], list[Any]]:
+        """This process's batches of each role in a step."""
+        return batches_of_step(self.config, self.task, self.method, self.plan, self.engine.pair, step)
+
     def measure_hardness(self) -> dict[str, float]:
-        """S, the largest feasible constraint ratio and kappa at the first batches, without a step.
+        """S, the largest feasible constraint ratio and kappa at the next pair of gradients, without a step.
 
         The random state, and BatchNorm's statistics where they are not frozen, are left as they are.
         """
-        self.engine.set_training_mode()
-        lr = self.lr
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with torch.random.fork_rng():
-            self.engine.gradients(*self._batches())
-            rules, max_norm = rules_at(self.config, lr), self.config.training.max_grad_norm
-            hardness = hardness_columns(self.engine.decide(lr=lr, rules=rules, max_grad_norm=max_norm))
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                buffer.copy_(saved)
-        return hardness
+        rules, max_norm = rules_at(self.config, self.lr), self.config.training.max_grad_norm
+        with left_as_it_is(self.model):
+            self.engine.set_training_mode()
+            self.engine.gradients(*self.batches(self.step))
+            return hardness_columns(self.engine.decide(lr=self.lr, rules=rules, max_grad_norm=max_norm))
 
     def save(self, path: Path | None = None) -> None:
         """Write a checkpoint from which the run goes on with the numbers of an uninterrupted one.
@@ -260,55 +244,7 @@ class TrainingRun:
         path = path or self._checkpoint_path
         if path is None:
             return
-        average_retain, rng = self.engine.average_retain, self.group.gather_numbers(self._random_state())
-        if not self.group.is_first:
-            return
-        if self._recorder is not None:
-            self._recorder.flush()
-        save_checkpoint(
-            path,
-            {
-                "recipe": self.config.recipe_hash(),
-                "step": self.step,
-                "train_s": self.train_s,
-                "wall_s": time.perf_counter() - self._started,
-                "model": changing_state(self.model),
-                "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-                "average_retain": average_retain,
-                "rng": rng.cpu(),
-                "before": self._before,
-                "after": self._after,
-                "evaluated_at": self._evaluated_at,
-                "hardness": self._hardness,
-                "best": self._best,
-                "n_parts": 0 if self._recorder is None else self._recorder.n_parts,
-            },
-        )
-
-    def _random_state(self) -> Tensor:
-        return torch.get_rng_state().to(self.group.device)
-
-    def _resume(self, state: dict[str, Any]) -> None:
-        if state.get("recipe") != self.config.recipe_hash() and not self._adopts:
-            raise CheckpointError(
-                f"checkpoint {str(self._checkpoint_path)!r} is of recipe {state.get('recipe')}, this run is "
-                f"{self.config.recipe_hash()}; a run resumes with the settings it began with: give those, or another "
-                "output folder"
-            )
-        load_changing_state(self.model, state["model"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-        self.engine.average_retain = state["average_retain"]
-        torch.set_rng_state(
-            state["rng"].view(-1, state["rng"].shape[-1])[self.group.rank].clone()
-        )  # a view with an offset ends the process in torch
-        self.step, self.train_s, self._best = state["step"], state["train_s"], state["best"]
-        self._before, self._after, self._hardness = state["before"], state["after"], state["hardness"]
-        self._evaluated_at = state["evaluated_at"]
-        self._started = time.perf_counter() - state["wall_s"]
-        if self._recorder is not None and not self._adopts:
-            self._recorder.truncate(state["n_parts"])
-        logger.info("resumed at step %d of %d", self.step, self.total_steps)
+        save_run(path, self._state, self._parts, started=self._started)
 
     def _check_same_bits(self) -> None:
         """Compare the weights and buffers of all processes.
@@ -323,48 +259,43 @@ class TrainingRun:
             )
 
     def _finish(self) -> Iterator[dict[str, Any]]:
-        if self._evaluated_at != self.step:
+        if self._state.evaluated_at != self.step and self.config.logging.eval_at_ends:
             yield self._evaluation()
-        if self._best:
-            load_changing_state(self.model, self._best["model"])
-            self._after = self._best["metrics"]
+        if self._state.best:
+            load_changing_state(self.model, self._state.best["model"])
+            self._state.after = self._state.best["metrics"]
         self._check_same_bits()
         if self._stop is not StopReason.CANCELLED:
-            self._after = self._after | self._extra_metrics()
+            self._state.after = self._state.after | self._extra_metrics()
         reason = self._stop or StopReason.FINISHED
         self.result = RunResult(
             stop_reason=reason,
             steps=self.step,
+            total_steps=self.total_steps,
+            steps_s=self.steps_s,
             epochs=self.step / self.plan.steps_per_epoch,
             train_s=self.train_s,
-            before=self._before,
-            after=self._after,
-            hardness=self._hardness,
+            before=self._state.before,
+            after=self._state.after,
+            hardness=self._state.hardness,
             message=self._message,
         )
         if self._recorder is not None:
             self._recorder.finish()
 
-    def _batches(self) -> tuple[list[Any], list[Any]]:
-        """This process's batches of each role in the next step; none where the role is another's, or its rows do not go round."""
-        size = self.config.training.per_device_train_batch_size
-        rows_of_role = rows_of_roles(self.plan, self.step, self.method, is_training=self.method is TRAINING)
-        parts: list[list[Any]] = []
-        for role, split in ((RETAIN, self._train_split), (FORGET, "forget")):
-            rows = rows_of_role[role]
-            share, n_shares = self.engine.pair.share(role)
-            own = [] if rows is None or share is None else self.task.parts(split, rows.tensor_split(n_shares)[share], size)
-            parts.append([self.task.batch(split, part) for part in own if len(part)])
-        return parts[0], parts[1]
+    @property
+    def _product(self) -> float | None:
+        """S at the first pair of gradients, once it is known."""
+        return self._state.hardness.get("gradient_product")
 
-    def _note_hardness(self, report: StepReport) -> None:
-        self._hardness = hardness_columns(report)
+    def _note_hardness(self, hardness: dict[str, float]) -> None:
+        self._state.hardness = hardness
         logger.debug(
-            "hardness at the start: S %.4g, kappa %.4g, largest feasible constraint ratio %.4g, asked for %.4g",
-            self._hardness["gradient_product"],
-            self._hardness["kappa"],
-            self._hardness["max_constraint_ratio"],
-            self.config.constraint_ratio,
+            "hardness at the start: S %.4g, kappa %.4g, largest feasible constraint ratio %.4g, asked for %s",
+            self._state.hardness["gradient_product"],
+            self._state.hardness["kappa"],
+            self._state.hardness["max_constraint_ratio"],
+            self.config.ratio_words(self._product),
         )
 
     def _evaluation(self) -> dict[str, Any]:
@@ -378,7 +309,7 @@ class TrainingRun:
     def _end_by(self, metrics: dict[str, float]) -> None:
         self._end(end_of_metrics(metrics, config=self.config, step=self.step))
         if self._stop is StopReason.TARGET and has_reached_target(metrics, self.config):
-            self._best = {}  # the model that reached the target is the one to keep
+            self._state.best = {}  # the model that reached the target is the one to keep
 
     def _end(self, end: End | None) -> None:
         if end is not None:
@@ -388,8 +319,8 @@ class TrainingRun:
         started = time.perf_counter()
         batch_size = self.config.training.per_device_eval_batch_size
         metrics = evaluate(self.task, self.model, batch_size=batch_size, autocast=self.engine.autocast(), group=self.group)
-        self.train_s += time.perf_counter() - started
-        self._after, self._evaluated_at = metrics, self.step
+        self._state.train_s += time.perf_counter() - started
+        self._state.after, self._state.evaluated_at = metrics, self.step
         return metrics
 
     def _extra_metrics(self) -> dict[str, float]:
@@ -401,7 +332,7 @@ class TrainingRun:
         self.model.eval()
         with self.engine.autocast():
             metrics = self.task.extra_metrics(self.model)
-        self.train_s += time.perf_counter() - started
+        self._state.train_s += time.perf_counter() - started
         return metrics
 
     def _keep_best(self, metrics: dict[str, float]) -> None:
@@ -409,24 +340,14 @@ class TrainingRun:
         if self.config.is_unlearning or not self.config.training.select_best_model_by_subset_accuracy:
             return
         score = metrics["retain_accuracy"]
-        if self._train_split == "train":
+        if train_split(self.config) == "train":
             score = (score + metrics["forget_accuracy"]) / 2
-        if not self._best or score > self._best["score"]:
-            state = {name: value.detach().clone() for name, value in changing_state(self.model).items()}
-            self._best = {"score": score, "step": self.step, "model": state, "metrics": dict(metrics)}
+        self._state.keep_best(self.model, metrics, score=score)
 
     @property
     def metrics(self) -> dict[str, float]:
         """The last evaluation, that of a checkpoint too, with forget quality and retain utility; empty before the first one."""
-        return self._after | self._gains(self._after)
-
-    def _gains(self, metrics: dict[str, float]) -> dict[str, float]:
-        if not {"forget_loss", "retain_loss"} <= metrics.keys():
-            return {}
-        return {
-            "forget_quality": metrics["forget_loss"] - self._before["forget_loss"],
-            "retain_utility": self._before["retain_loss"] - metrics["retain_loss"],
-        }
+        return self._state.after | self._state.gains(self._state.after)
 
     def _is_due(self, kind: str) -> bool:
         every = self._every[kind]
@@ -442,7 +363,7 @@ class TrainingRun:
             **columns,
         }
         if kind == "evaluation":
-            row |= self._gains(columns)
+            row |= self._state.gains(columns)
         if self._stop is not None or self.step >= self.total_steps:
             row["stop_reason"] = str(self._stop or StopReason.FINISHED)
         if self._recorder is not None:

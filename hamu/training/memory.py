@@ -89,6 +89,16 @@ def estimate_memory(task: Task, engine: PairedEngine, *, optimizer_name: str, si
     )
 
 
+def cap_memory(device: torch.device | str, share: float | None) -> None:
+    """Let this process take no more than a share of its GPU's memory, in (0, 1]; None, or a CPU: no cap.
+
+    What would take more ends as out of memory in this process, and leaves the others that share the GPU theirs.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and share is not None and share < 1:
+        torch.cuda.set_per_process_memory_fraction(share, device.index)
+
+
 def peak_memory(device: torch.device | str) -> int:
     """The most memory that this process has held since `reset_peak_memory`: on its GPU, or on a CPU its resident set, bytes."""
     if torch.device(device).type == "cuda":

@@ -23,12 +23,19 @@ class MethodConfig:
     constraint_ratio: float | None = setting(
         None, f"HAMU: constraint / learning rate; default {DEFAULT_CONSTRAINT_RATIO}; this or hamu_constraint"
     )
+    relative_constraint: bool = setting(
+        False, "HAMU: constraint_ratio is a share of S, measured at the run's first pair of gradients"
+    )
     hamu_constraint: float | None = setting(None, "HAMU: required first-order loss change a step, in nats")
     hamu_radius: float | None = setting(None, "HAMU: fixed largest L2 length of a block's step; default: lr radius")
     use_lr_radius: bool | None = switch("HAMU: radius = learning rate * norm of the block's gradient (the default)")
     continue_on_failed_feasibility: bool = setting(False, "HAMU: step on when the constraint cannot be met, not stop")
     stop_on_stopping_criterion: bool = setting(False, "HAMU: end the run when stopping_rule fires (always recorded)")
     stopping_rule: str = setting("aggregate", "HAMU: aggregate (as published), feasible (sign-aware) or predicted")
+    stopping_patience: int = setting(1, "HAMU: steps in a row at which stopping_rule must fire before the run ends")
+    stopping_softness: float = setting(
+        0.0, "HAMU: stopping_rule fires above (1 - this) of its bound, in [0, 1); 0: at the bound (not with predicted)"
+    )
     full_grad: bool = setting(False, "HAMU: the whole model as one block")
     distribute_constraint_grad_norm: bool = setting(
         False, "HAMU: split the constraint over blocks by the product of their gradient norms (the default)"
@@ -60,9 +67,23 @@ class MethodConfig:
                 f"constraint_ratio {self.constraint_ratio:g} and hamu_constraint {self.hamu_constraint:g} are both "
                 "given; give one (hamu_constraint = constraint_ratio * learning_rate)"
             )
+        if self.relative_constraint and self.hamu_constraint is not None:
+            raise ConfigError(
+                f"relative_constraint goes by constraint_ratio, a share of S; hamu_constraint {self.hamu_constraint:g} is in "
+                "nats: leave one of them out"
+            )
         check_range("constraint_ratio", self.constraint_ratio, low=0)
         check_range("hamu_constraint", self.hamu_constraint, low=0)
         check_range("hamu_radius", self.hamu_radius, above=0)
+        check_range("stopping_patience", self.stopping_patience, low=1)
+        check_range("stopping_softness", self.stopping_softness, low=0)
+        if self.stopping_softness >= 1:
+            raise ConfigError(f"stopping_softness must be below 1, got {self.stopping_softness:g}; at 1 every step would fire")
+        if self.stopping_softness and self.stopping_rule == "predicted":
+            raise ConfigError(
+                f"stopping_softness {self.stopping_softness:g} is a share of a bound, which stopping_rule 'predicted' has not; "
+                "use stopping_rule aggregate or feasible"
+            )
         check_range("scrub_alpha", self.scrub_alpha, low=0)
         check_range("scrub_gamma", self.scrub_gamma, low=0)
         check_range("gru_beta", self.gru_beta, low=0, high=1)

@@ -120,7 +120,7 @@ def provide_model(config: TrainConfig, data: Data, *, progress: bool = False) ->
         record = make_record(config, data_sha256=data.sha256, split_sha256=split, result=run.result.row(), start_model=start)
         save_model(task, model, path, record)
         split = "test" if "test_accuracy" in run.result.after else "retain"
-        logger.info("trained %s: %s accuracy %.4f", path, split, run.result.after[f"{split}_accuracy"])
+        logger.info("trained %s: %s accuracy %.4f", path, split, run.result.after.get(f"{split}_accuracy", float("nan")))
     return path
 
 

@@ -13,9 +13,10 @@ from hamu.training.stop import StopReason
 
 @dataclass(kw_only=True)
 class RunResult:
-    """How a run ended. Losses in nats, accuracies in [0, 1], `train_s` seconds of steps and evaluations.
+    """How a run ended. Losses in nats, accuracies in [0, 1].
 
-    before, after: metrics of `evaluate` before the first step and at the end (of the kept model). hardness: S, the largest
+    total_steps: planned. train_s: seconds of steps and evaluations; steps_s: of steps alone. before, after: metrics of `evaluate`
+    before the first step and at the end (of the kept model); empty for a run without evaluations. hardness: S, the largest
     feasible constraint ratio and kappa at the first step. message: what a user should know about an early end.
     """
 
@@ -23,6 +24,8 @@ class RunResult:
     steps: int
     epochs: float
     train_s: float
+    total_steps: int
+    steps_s: float
     before: dict[str, float]
     after: dict[str, float]
     hardness: dict[str, float] = field(default_factory=dict)
@@ -40,13 +43,16 @@ class RunResult:
 
     def row(self) -> dict[str, Any]:
         """The result as columns of trials.parquet."""
-        original = {f"original_{name}": value for name, value in self.before.items() if name.endswith(("_loss", "_accuracy"))}
+        kept = ("_loss", "_accuracy", "forget_test_loss_auc")
+        original = {f"original_{name}": value for name, value in self.before.items() if name.endswith(kept)}
         return {
             "stop_reason": str(self.stop_reason),
             "message": self.message,
             "steps": self.steps,
+            "total_steps": self.total_steps,
             "epochs": self.epochs,
             "train_s": self.train_s,
+            "steps_s": self.steps_s,
             "forget_quality": self.forget_quality,
             "retain_utility": self.retain_utility,
             **self.after,

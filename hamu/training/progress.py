@@ -13,8 +13,11 @@ SHOW_AFTER_S = 2.0
 class Watched(Protocol):
     """What is watched: a run."""
 
-    step: int
     total_steps: int
+
+    @property
+    def step(self) -> int:
+        """Steps so far."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Give reports, with columns of a record."""

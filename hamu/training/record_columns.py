@@ -20,7 +20,8 @@ SPLITS = ("retain", "forget", "test")
 IDENTITY_FIELDS = [
     ("trial_id", pa.string()), ("sweep", pa.string()), ("task", pa.string()), ("method", pa.string()),
     ("seed", pa.int64()), ("rho", pa.float64()), ("forget_class", pa.int64()), ("learning_rate", pa.float64()),
-    ("constraint_ratio", pa.float64()), ("split_sha256", pa.string()), ("forget_set", pa.string()),
+    ("constraint_ratio", pa.float64()), ("relative_constraint", pa.bool_()), ("split_sha256", pa.string()),
+    ("forget_set", pa.string()),
 ]  # fmt: skip
 METRIC_COLUMNS = (
     *(f"{split}_{metric}" for split in SPLITS for metric in ("loss", "accuracy", "entropy", "probability", "min_k")),
@@ -46,6 +47,7 @@ def identity_of(config: TrainConfig) -> dict[str, Any]:
         "forget_set": modality_of(config).group(config, "retain"),
         "learning_rate": config.lr,
         "constraint_ratio": config.constraint_ratio,
+        "relative_constraint": config.method.relative_constraint if config.is_hamu else None,
     }
 
 
@@ -61,16 +63,21 @@ RECORD_SCHEMA = pa.schema([
 
 TRIAL_SCHEMA = pa.schema([
     *IDENTITY_FIELDS, ("status", pa.string()), ("error", pa.string()), ("stop_reason", pa.string()),
-    ("message", pa.string()), ("steps", pa.int64()),
-    *_floats(("epochs", "started_at", "ended_at", "setup_s", "train_s")), *_floats(METRIC_COLUMNS),
+    ("message", pa.string()), ("steps", pa.int64()), ("total_steps", pa.int64()),
+    *_floats(("epochs", "started_at", "ended_at", "setup_s", "train_s", "steps_s")), *_floats(METRIC_COLUMNS),
     *_floats(f"original_{split}_{metric}" for split in SPLITS for metric in ("loss", "accuracy")),
+    *_floats(("original_forget_test_loss_auc", "forget_closeness")), ("reference", pa.string()),
     *_floats(HARDNESS_COLUMNS),
     ("n_classes", pa.int64()), ("attempts", pa.int64()), ("memory_estimate_bytes", pa.int64()), ("peak_rss_bytes", pa.int64()),
     ("peak_bytes_per_rank", pa.list_(pa.int64())), ("model_path", pa.string()), ("config", pa.string()),
 ])  # fmt: skip
 """Columns of trials.parquet.
 
-status: "finished", "failed", or "pruned" (ended early by a scheduler or a stopper; its model is kept as any other's).
+status: "finished", "failed", "pruned" (ended early by a scheduler or a stopper; its model is kept as any other's), or "dropped"
+(never run, because a probe found it infeasible; `message` says why).
+total_steps: planned. steps_s: seconds inside steps alone; train_s has the evaluations too. relative_constraint: whether
+constraint_ratio is a share of gradient_product, S. reference: key of the retain-only model's recipe in the plan.
+forget_closeness: filled by readers from the references.
 started_at, ended_at: unix seconds. attempts: times the trial was begun, more than one where a process died, it was paused, or
 another's state was handed on. The memory columns are bytes a process, of the GPU where there is one: the estimate, the largest
 peak of its processes, and each one's.

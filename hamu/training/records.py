@@ -237,8 +237,9 @@ _RECORD_NAMES = frozenset(RECORD_SCHEMA.names)
 
 
 def _check_columns(row: Mapping[str, Any], schema: pa.Schema) -> None:
+    names = frozenset(schema.names)  # which pyarrow makes anew each time
     for name in row:
-        if name not in schema.names:
+        if name not in names:
             raise ConfigError(unknown("record column", name, schema.names))
 
 
@@ -257,6 +258,9 @@ def _snapshot(folder: Path) -> dict[str, tuple[int, int]]:
                     try:
                         stat = os.stat(entry.path)
                     except FileNotFoundError:
+                        # Gone since it was listed, and what took its place may not have been: reading it fails, and that
+                        # makes the reader look again.
+                        files[entry.name] = (-1, -1)
                         continue
                     files[entry.name] = (stat.st_ino, stat.st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError):

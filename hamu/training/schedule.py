@@ -31,11 +31,14 @@ def lr_factor(schedule: str, step: int, total_steps: int) -> float:
     return 1.0
 
 
-def rules_at(config: TrainConfig, lr: float) -> StepRules:
-    """Limits of the step at a learning rate; a schedule reaches the constraint and a fixed radius alike."""
+def rules_at(config: TrainConfig, lr: float, product: float | None = None) -> StepRules:
+    """Limits of the step at a learning rate; a schedule reaches the constraint and a fixed radius alike.
+
+    product: S, of which the constraint may be a share (`TrainConfig.constraint_of`); None: not known yet.
+    """
     scale = lr / config.lr
     return StepRules(
-        constraint=config.constraint * scale,
+        constraint=config.constraint_of(product) * scale,
         radius=None if config.radius is None else config.radius * scale,
         split=config.split,
         full_grad=config.method.full_grad,

@@ -157,6 +157,14 @@ def test_environment_names_rank_below_flags_and_sources_are_told():
     assert "(default)" in shown
 
 
+def test_a_share_of_s_is_told_as_such():
+    shown = describe(read("--unlearning_method hamu-q --constraint_ratio 0.25 --relative_constraint --lr 0.01"))
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in shown.splitlines()}
+    assert lines["constraint_ratio"] == "0.25 of S (flag)"
+    assert lines["hamu_constraint"].startswith("0.0025 nats times S")
+    assert lines["relative_constraint"] == "True (flag)"
+
+
 def test_the_address_of_a_cluster_is_read_from_the_environment_for_split_runs_alone():
     alone = read("--unlearning_method ft", RAY_ADDRESS="elsewhere:6379")
     assert (alone.config.run.ray_address, alone.warnings) == (None, [])
@@ -250,21 +258,21 @@ def test_bad_input_ends_within_five_seconds_without_a_traceback():
     assert time.monotonic() - started < 5  # the bound; about 1 s here
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_bad_input_is_found_before_torch_is_imported():
+    lines = (
         "--unlearning_method hamuq",
         "--unlearning_method ft --artifact_root no/such/root",
         "--device foo",
         "--final_model_output_dir .",
-    ],
-)
-def test_bad_input_is_found_before_torch_is_imported(line):
-    code = (
-        f"import sys; from hamu.cli.train import main; assert main({line.split()}) == 2; "
-        "assert 'torch' not in sys.modules and 'ray' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    code = (
+        "import sys; from hamu.cli.train import main\n"
+        "for line in sys.argv[1:]:\n"
+        "    assert main(line.split()) == 2, line\n"
+        "    assert 'torch' not in sys.modules and 'ray' not in sys.modules, line\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *lines], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_folder_with_a_built_in_name_shadows_nothing(tmp_path, monkeypatch):

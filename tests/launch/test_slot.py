@@ -23,6 +23,7 @@ from launch.shared import Original
 from launch.slot import Slot
 from launch.states import next_folder
 from tests.launch.small_sweep import SmallSweep, advance_to_end, run_to_end
+from tune_spaces.space import Space
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +75,56 @@ def test_a_trial_that_ended_has_its_row_model_and_records_and_no_checkpoint(swee
     records = read_records(sweep.folder.records).to_pylist()
     assert [record["step"] for record in records if record["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert sweep.folder.write_trials()[0]["split_sha256"] == records[0]["split_sha256"]
+
+
+def test_a_row_tells_what_was_planned_and_what_the_steps_took(sweep: SmallSweep) -> None:
+    given, shared = sweep.plan.trials[0], sweep.shared
+    trials = (replace(given, reference="0a1b2c3d"), *sweep.plan.trials[1:])
+    slot = Slot(replace(shared, plan=replace(sweep.plan, trials=trials)), lambda item: item)
+    run_to_end(slot, given.trial_id)
+    row = sweep.row(given.trial_id)
+    assert row["steps"] == row["total_steps"] == 6
+    assert 0 < row["steps_s"] < row["train_s"]
+    assert (row["reference"], row["constraint_ratio"], row["relative_constraint"]) == ("0a1b2c3d", 0.1, False)
+    assert row["original_forget_test_loss_auc"] is not None
+    run_to_end(slot, sweep.ids[1])
+    stopped = sweep.row(sweep.ids[1])
+    assert (stopped["reference"], stopped["total_steps"]) == (None, 6) and stopped["steps"] < 6
+
+
+def test_a_trial_without_evaluations_has_a_row_model_and_records(tmp_path: Path, digits: ImageData, original: Original) -> None:
+    timed = SmallSweep(tmp_path, digits, original, "method=hamu-q", "eval_at_ends=false", "relative_constraint=true")
+    metrics = run_to_end(timed.slot(), timed.ids[0])
+    assert metrics["stop_reason"] == "finished"
+    row, (read,) = timed.row(timed.ids[0]), timed.folder.write_trials()
+    assert row["steps"] == 6 and row["steps_s"] == row["train_s"]
+    assert read["forget_loss"] is read["retain_accuracy"] is read["original_retain_loss"] is row["forget_quality"] is None
+    assert read["relative_constraint"] is True and read["constraint_ratio"] == 0.1 and read["gradient_product"] > 0
+    assert (Path(row["model_path"]) / "model.safetensors").is_file()
+    assert {record["kind"] for record in read_records(timed.folder.records).to_pylist()} == {"step"}
+
+
+def test_a_slot_with_a_share_of_a_gpu_takes_no_more_of_its_memory(sweep: SmallSweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    capped: list[Any] = []
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda *given: capped.append(given))
+    for device, share in (("cuda", 0.25), ("cuda", 1.0), ("cuda", None), ("cpu", 0.25), ("cuda:1", 0.5)):
+        Slot(replace(sweep.shared, gpu_share=share), lambda item: item, device=device)
+    assert capped == [(0.25, None), (0.5, 1)]
+
+
+@pytest.mark.parametrize("own", [None, "/own/reference"])
+def test_a_measured_trial_is_compared_with_the_sweeps_own_reference_unless_it_names_one(
+    own: str | None, tmp_path: Path, digits: ImageData, original: Original
+) -> None:
+    text = {"modality": "llm", "dataset_name": "tofu", "eval_tofu": True, "retain_reference": own}
+    space = Space(name="llm/small", summary="measured", base={**text, "lr": 0.01}, grids=({"unlearning_method": ("ft",)},))
+    sweep = SmallSweep(tmp_path, digits, original, space=space)
+    (trial,) = sweep.plan.trials
+    plan = replace(sweep.plan, trials=(replace(trial, reference="0a1b2c3d"),))
+    for ready, expected in (({"0a1b2c3d": "/made/reference"}, "/made/reference"), ({}, None)):
+        slot = Slot(replace(sweep.shared, plan=plan, data={}, retain_references=ready), lambda item: item)
+        assert slot.begin(trial.trial_id)["status"] == "failed"  # there are no rows here: the settings were made before
+        assert slot._config.logging.retain_reference == (own or expected)
 
 
 def test_the_stopping_criterion_is_told_when_the_row_is_written_and_not_before(sweep: SmallSweep) -> None:

@@ -47,7 +47,7 @@ def roles(method: str, grams: Grams) -> Grams:
 def test_aggregate_rule_fires_where_the_ratio_exceeds_the_sum_of_norms_and_sines_whatever_the_lr(method: str) -> None:
     rng = np.random.default_rng(5)
     fired = 0
-    for case in range(400):
+    for case in range(120):
         blocks = int(rng.integers(1, 6))
         angles = rng.uniform(0.05, np.pi - 0.05, blocks)
         norms = 10.0 ** rng.uniform(-2, 2, (2, blocks))
@@ -61,7 +61,7 @@ def test_aggregate_rule_fires_where_the_ratio_exceeds_the_sum_of_norms_and_sines
                 fires = decision.hardness.stopping_margin > 0
                 assert fires == (ratio > bound)
                 fired += fires
-    assert 1200 < fired < 3000
+    assert 360 < fired < 900
 
 
 @pytest.mark.parametrize("method", HAMU_METHODS)
@@ -84,7 +84,7 @@ def test_aggregate_right_side_is_the_published_sum_for_any_radius(method: str) -
 def test_rectified_step_harms_the_free_loss_exactly_past_kappa_2_and_with_positive_kappa(method: str, kind: str) -> None:
     rng = np.random.default_rng(7)
     harmed = helped = negative = 0
-    for _ in range(2500):
+    for _ in range(600):
         grams = plane_grams(rng.uniform(0, np.pi, 1), *10.0 ** rng.uniform(-4, 4, (2, 1)))
         own, lr = roles(method, grams), float(10.0 ** rng.uniform(-6, 0))
         radius = lr * float(own.retain_norm[0]) if kind == "lr" else float(10.0 ** rng.uniform(-6, 2))
@@ -105,7 +105,7 @@ def test_rectified_step_harms_the_free_loss_exactly_past_kappa_2_and_with_positi
         harmed += harms
         helped += not harms
         negative += published and not harms
-    assert min(harmed, helped) > 400
+    assert min(harmed, helped) > 90
     assert negative > 20  # the published criterion does fire on steps that do no harm
 
 
@@ -123,7 +123,7 @@ def test_predicted_margin_is_the_change_of_the_free_loss_in_the_wrong_direction(
 def test_largest_ratio_is_the_largest_that_is_feasible_and_harms_nothing(method: str) -> None:
     rng = np.random.default_rng(9)
     reasons = set()
-    for _ in range(700):
+    for _ in range(250):
         grams = plane_grams(rng.uniform(0.01, np.pi - 0.01, 1), *10.0 ** rng.uniform(-4, 4, (2, 1)))
         lr = float(10.0 ** rng.uniform(-6, 0))
         largest = decide(method, grams, lr=lr).hardness.max_constraint_ratio
@@ -141,7 +141,7 @@ def test_largest_ratio_is_the_largest_that_is_feasible_and_harms_nothing(method:
 @pytest.mark.parametrize("full_grad", [False, True])
 def test_largest_ratio_depends_on_the_gradients_alone_with_the_lr_radius(method: str, full_grad: bool) -> None:
     rng = np.random.default_rng(10)
-    for _ in range(100):
+    for _ in range(30):
         grams = random_grams(rng)
         ratios = [
             decide(method, grams, lr=lr, constraint=constraint, split=split, full_grad=full_grad).hardness.max_constraint_ratio

@@ -12,8 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torch import nn
 
+from hamu.tasks.vision import VisionTask, task_for
 from hamu.training.config import TrainConfig
+from hamu.training.loop import TrainingRun
+from hamu.training.original import load_data
+from tests.training.small_digits import ended, small_model
 
 
 def write_images(folder: Path, *, seed: int = 0, n_rows: int = 48) -> Path:
@@ -47,3 +52,19 @@ def tiny(images: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
         return TrainConfig.from_flat({**base, "device": "cpu", **settings})
 
     return build
+
+
+@pytest.fixture(scope="session")
+def digits_task(tmp_path_factory: pytest.TempPathFactory) -> VisionTask:
+    """The embedded digits with forget class 0."""
+    config = TrainConfig.from_flat({"method": "hamu-q", "dataset_cache_dir": str(tmp_path_factory.mktemp("cache"))})
+    return task_for(config, load_data(config))
+
+
+@pytest.fixture(scope="session")
+def digits_model(digits_task: VisionTask) -> nn.Module:
+    """A small model that knows the digits: test accuracy about 0.9. Not to be changed: `copy_of` it."""
+    model = small_model()
+    result = ended(TrainingRun(TrainConfig.from_flat({"epochs": 8, "lr": 1e-2, "add_forget_to_train": True}), digits_task, model))
+    assert result.after["test_accuracy"] > 0.85
+    return model

@@ -211,6 +211,10 @@ def test_recipe_hash_is_of_what_changes_numbers():
         {"constraint_ratio": 0.4},
         {"epochs": 4},
         {"distribute_constraint_uniform": True},
+        {"relative_constraint": True},
+        {"stopping_patience": 2},
+        {"stopping_softness": 0.1},
+        {"eval_at_ends": False, "eval_strategy": "no"},
     ):
         assert base.recipe_hash() != base.replace(**change).recipe_hash()
     assert config().recipe_hash() == config(constraint_ratio=0.3).recipe_hash()  # training has no constraint

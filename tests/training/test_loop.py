@@ -18,53 +18,27 @@ from hamu.tasks.vision import VisionTask, task_for
 from hamu.training.config import TrainConfig
 from hamu.training.evaluation import evaluate
 from hamu.training.loop import TrainingRun
-from hamu.training.original import load_data
 from hamu.training.records import Recorder, read_records
 from hamu.training.stop import StopReason
+from tests.training.small_digits import copy_of, small_model, unlearning
 
 
 class Killed(RuntimeError):
     """Stands for the moment at which a process dies."""
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> VisionTask:
-    config = TrainConfig.from_flat({"method": "hamu-q", "dataset_cache_dir": str(tmp_path_factory.mktemp("cache"))})
-    return task_for(config, load_data(config))
+@pytest.fixture
+def task(digits_task: VisionTask) -> VisionTask:
+    return digits_task
 
 
-def small_model(seed: int = 0) -> nn.Module:
-    """A convolution, BatchNorm and a linear layer: every kind of block, in milliseconds a step."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, 10)
-        )
-
-
-@pytest.fixture(scope="module")
-def trained(task: VisionTask) -> nn.Module:
-    """A model that knows the digits: test accuracy about 0.9."""
-    model = small_model()
-    run = TrainingRun(TrainConfig.from_flat({"epochs": 8, "lr": 1e-2, "add_forget_to_train": True}), task, model)
-    exhaust(run)
-    assert run.result is not None and run.result.after["test_accuracy"] > 0.85
-    return model
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    twin = small_model()
-    twin.load_state_dict(model.state_dict())
-    return twin
+@pytest.fixture
+def trained(digits_model: nn.Module) -> nn.Module:
+    return digits_model
 
 
 def exhaust(run: TrainingRun) -> list[dict[str, Any]]:
     return list(run)
-
-
-def unlearning(**settings: Any) -> TrainConfig:
-    given = {"method": "hamu-q", "lr": 0.01, "constraint_ratio": 0.02, "epochs": 1, "logging_steps": 1, **settings}
-    return TrainConfig.from_flat(given)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
@@ -210,10 +184,12 @@ def test_training_stops_at_its_target_and_keeps_the_best_model(task: VisionTask)
     "settings",
     [
         {"method": "hamu-q", "constraint_ratio": 0.02, "lr": 0.01},
-        {"method": "scrub", "lr": 0.05},
-        {"method": "gru", "gru_beta": 0.6, "lr": 0.01},
-        {"method": "gdiff", "lr": 0.01, "use_optimizer": True, "lr_scheduler_type": "cosine"},
-        {"epochs": 2, "lr": 0.01, "select_best_model_by_subset_accuracy": True},
+        pytest.param({"method": "scrub", "lr": 0.05}, marks=pytest.mark.slow),
+        pytest.param({"method": "gru", "gru_beta": 0.6, "lr": 0.01}, marks=pytest.mark.slow),
+        pytest.param(
+            {"method": "gdiff", "lr": 0.01, "use_optimizer": True, "lr_scheduler_type": "cosine"}, marks=pytest.mark.slow
+        ),
+        pytest.param({"epochs": 2, "lr": 0.01, "select_best_model_by_subset_accuracy": True}, marks=pytest.mark.slow),
     ],
     ids=lambda settings: settings.get("method", "training"),
 )
@@ -244,7 +220,8 @@ def test_a_killed_and_resumed_run_gives_the_uninterrupted_numbers_to_the_bit(
     assert whole.result is not None and resumed.result is not None
     for name, value in whole_model.state_dict().items():
         assert torch.equal(resumed_model.state_dict()[name], value), name
-    assert dataclasses.asdict(resumed.result) | {"train_s": 0} == dataclasses.asdict(whole.result) | {"train_s": 0}
+    times = {"train_s": 0, "steps_s": 0}
+    assert dataclasses.asdict(resumed.result) | times == dataclasses.asdict(whole.result) | times
     columns = ["kind", "step", "retain_batch_loss", "forget_batch_loss", "retain_loss", "kappa", "stop_reason"]
     tables = [read_records(tmp_path / name / "records").select(columns).to_pylist() for name in ("whole", "parts")]
     assert str(tables[0]) == str(tables[1]), "no step is recorded twice, none is lost"

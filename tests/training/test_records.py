@@ -158,6 +158,7 @@ def test_missing_folder_and_broken_file_are_named(tmp_path):
         read_records(tmp_path)
 
 
+@pytest.mark.slow
 def test_reader_sees_each_row_once_while_trials_write_end_and_resume(tmp_path):
     recorder = make_recorder(tmp_path)
     logged, stop, seen = [0], threading.Event(), []
@@ -184,6 +185,24 @@ def test_reader_sees_each_row_once_while_trials_write_end_and_resume(tmp_path):
     assert len(set(seen)) > 1
 
 
+def test_a_file_that_goes_while_the_folder_is_listed_hides_no_rows(tmp_path, monkeypatch):
+    """The one file of an ended trial becomes parts again after it was listed: the list has neither it nor them."""
+    recorder, stat, is_resumed = make_recorder(tmp_path), os.stat, []
+    for first in (0, 5, 10):
+        log_steps(recorder, first, first + 5)
+    recorder.finish()
+
+    def resumes(path, *args, **kwargs):
+        if not is_resumed and str(path).endswith(f"{TRIAL}.parquet"):
+            is_resumed.append(True)
+            recorder.truncate(recorder.n_parts)
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr("os.stat", resumes)
+    assert steps_of(tmp_path) == list(range(15))
+    assert is_resumed
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -200,7 +219,9 @@ while True:
 """
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.013, 0.031])
+@pytest.mark.parametrize(
+    "delay_s", [0.0, pytest.param(0.013, marks=pytest.mark.slow), pytest.param(0.031, marks=pytest.mark.slow)]
+)
 def test_killed_process_leaves_only_complete_files_and_resumes_without_a_double_step(tmp_path, delay_s):
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)])
     try:

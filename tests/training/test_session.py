@@ -119,7 +119,8 @@ def test_a_cancelled_original_is_not_published_and_resume_gives_the_uninterrupte
     assert session.model_folder.name == "full"
     assert not session.checkpoint.exists()
     assert not (session.folder / "model").exists()  # the cancelled one
-    assert plain({**resumed, "train_s": 0}) == plain({**whole, "train_s": 0})  # to the bit; NaN is None here
+    times = {"train_s": 0, "steps_s": 0}
+    assert plain({**resumed, **times}) == plain({**whole, **times})  # to the bit; NaN is None here
 
 
 def test_resume_of_an_ended_run_does_nothing_and_without_a_checkpoint_says_so(tiny: Build, full: Path, caplog: Any) -> None:

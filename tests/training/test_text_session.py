@@ -128,6 +128,7 @@ def test_the_original_of_kl_is_no_second_model(texts: dict[str, Any]) -> None:
     assert found.gradients == 2 * n_adapter
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_unlearns(texts: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     original = ["--add_forget_to_train", "--add_lora", "--learning_rate=0.01"]
     assert main([*flags(texts), *original]) == 0
