@@ -15,7 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from hamu.reports.tables import Row, comparable, pareto_front, recommended, setting_text, varying_settings
+from hamu.reports.rows import Row
+from hamu.reports.tables import comparable, pareto_front, recommended, setting_text, varying_settings
+from hamu.reports.timing import is_timing, timing_rows
+from hamu.reports.views import View, view_of
 from hamu.training.records import replacing
 
 # Colours that stay apart for colour-blind readers and in print; HAMU's two are the strongest. The marks differ as well.
@@ -26,41 +29,80 @@ METHOD_STYLES: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 _OTHER_STYLES = (("#1B9E77", "h"), ("#7570B3", "p"), ("#A6761D", "*"))
 _MAX_LABELS = 12
+_FARTHEST = -1.0
+"""Closeness from which on a trial is drawn (twice as far from the retrained model as the original): the rest would crowd it."""
+_AXIS_WORDS = {
+    "forget_quality": "forget quality: rise of the forget loss from the original (nats{scale})",
+    "forget_closeness": "forget closeness: share of the way from the original (0) to the retrained model (1){scale}",
+    "retain_utility": "retain utility: minus the rise\nof the retain loss (nats{scale})",
+}
+_X, _Y = "x", "y"  # where a row is drawn
 _SYMLOG_FROM = 10.0
 """Largest value over the typical one from which an axis turns symlog: a diverged trial would else flatten the rest."""
 
 
-def pareto_png(rows: Sequence[Row], path: Path, *, title: str = "", dpi: int = 150) -> None:
-    """Draw the trials and their Pareto front as a PNG, replacing `path` whole.
+def pareto_png(rows: Sequence[Row], path: Path, *, title: str = "", dpi: int = 150, view: View | None = None) -> None:
+    """Draw the trials and their Pareto front as a PNG, replacing `path` whole; for a sweep of times alone, bars of those.
 
     Args:
         rows: one dict a trial, columns of TRIAL_SCHEMA; failed, pruned and non-finite ones are counted, not drawn.
         path: the file to write.
         title: what was swept ("digits/quickstart"); the number of trials is added.
         dpi: pixels an inch; the figure is 10 x 6.2 inches.
+        view: the axes; None: as `view_of` the rows.
     """
+    view = view or view_of(rows)
     figure = Figure(figsize=(10.0, 6.2), dpi=dpi, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    shown, front = comparable(rows), pareto_front(rows)
+    if is_timing(rows):
+        _draw_times(axes, rows, title)
+    else:
+        _draw_sweep(axes, canvas, rows, title, view)
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": "hamu"})
+
+
+def _draw_times(axes: Axes, rows: Sequence[Row], title: str) -> None:
+    table = timing_rows(rows)[::-1]
+    names, values = [str(row["method"]) for row in table], [row["step_ms"] or 0.0 for row in table]
+    bars = axes.barh(names, values, color=[_style_of(name)[0] for name in names])
+    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=9)
+    axes.set_xlabel("milliseconds a step (median over the method's trials; one at a time is the truest)")
+    axes.set_title(
+        f"{title or 'Sweep'}: time of a step, n = {sum(row['trials'] for row in table)} trials", fontsize=12, loc="left"
+    )
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _draw_sweep(axes: Axes, canvas: FigureCanvasAgg, rows: Sequence[Row], title: str, view: View) -> None:
+    every, front = [[_placed(row, view) for row in some] for some in (comparable(rows, view), pareto_front(rows, view))]
+    near = [row for row in every if view.name == "paper" or row[_X] >= _FARTHEST or row in front]
+    shown = near or every
     names = varying_settings(rows)
-    for name, key in (("x", "forget_quality"), ("y", "retain_utility")):
+    for name, key in (("x", _X), ("y", _Y)):
         _scale_axis(axes, name, [row[key] for row in shown], [row[key] for row in front])
     _draw_trials(axes, shown, front)
     _draw_front(axes, front)
     _draw_original(axes, shown)
-    chosen = recommended(rows)
+    if view.name == "reference" and shown:
+        axes.axvline(1.0, color="#009E73", lw=0.9, ls="--", zorder=1, label="like the retrained model")
+    chosen = recommended(rows, view)
     if chosen is not None:
         axes.plot(
-            chosen["forget_quality"], chosen["retain_utility"], "o", ms=17, mfc="none", mec="#222222", mew=1.3,
+            chosen[view.axes[0]], chosen[view.axes[1]], "o", ms=17, mfc="none", mec="#222222", mew=1.3,
             zorder=6, ls="none", label="setting to use",
         )  # fmt: skip
-    _write_words(axes, rows, shown, front, title)
+    _write_words(axes, rows, shown, front, title, view, n_far=len(every) - len(shown))
     canvas.draw()  # fixes the layout: labels are placed in pixels
     labelled = [front[i] for i in sorted(set(np.linspace(0, len(front) - 1, min(len(front), _MAX_LABELS)).astype(int)))]
     _place_labels(axes, canvas, labelled, [setting_text(row, names) for row in labelled], shown, front)
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": "hamu"})
+
+
+def _placed(row: Row, view: View) -> dict[str, Any]:
+    """A row with its place in the view under two names, so that the drawing does not know the view."""
+    return {**row, _X: row[view.axes[0]], _Y: row[view.axes[1]]}
 
 
 def _style_of(method: str) -> tuple[str, str]:
@@ -105,7 +147,7 @@ def _draw_trials(axes: Axes, shown: Sequence[Row], front: Sequence[Row]) -> None
             if str(row.get("method")) == method:
                 is_best = _key_of(row) in on_front
                 axes.plot(
-                    row["forget_quality"], row["retain_utility"], mark, color=colour, ms=9 if is_best else 6,
+                    row[_X], row[_Y], mark, color=colour, ms=9 if is_best else 6,
                     mec="black" if is_best else "white", mew=0.9 if is_best else 0.5, alpha=1.0 if is_best else 0.55,
                     zorder=5 if is_best else 3,
                 )  # fmt: skip
@@ -122,8 +164,8 @@ def _draw_front(axes: Axes, front: Sequence[Row]) -> None:
 
 
 def _front_line(axes: Axes, front: Sequence[Row]) -> tuple[list[float], list[float]]:
-    x = [axes.get_xlim()[0], *(row["forget_quality"] for row in front), front[-1]["forget_quality"]]
-    y = [front[0]["retain_utility"], *(row["retain_utility"] for row in front), axes.get_ylim()[0]]
+    x = [axes.get_xlim()[0], *(row[_X] for row in front), front[-1][_X]]
+    y = [front[0][_Y], *(row[_Y] for row in front), axes.get_ylim()[0]]
     return x, y
 
 
@@ -135,15 +177,19 @@ def _draw_original(axes: Axes, shown: Sequence[Row]) -> None:
     axes.plot(0.0, 0.0, "*", ms=15, color="white", mec="black", mew=1.1, zorder=4, ls="none", label=label)
 
 
-def _write_words(axes: Axes, rows: Sequence[Row], shown: Sequence[Row], front: Sequence[Row], title: str) -> None:
-    left_out = len(rows) - len(shown)
-    counted = f"n = {len(shown)} trials, {len(front)} on the front (up and right is better; paper view)"
+def _write_words(
+    axes: Axes, rows: Sequence[Row], shown: Sequence[Row], front: Sequence[Row], title: str, view: View, *, n_far: int
+) -> None:
+    left_out = len(rows) - len(shown) - n_far
+    counted = f"n = {len(shown)} trials, {len(front)} on the front (up and right is better; {view.name} view)"
     if left_out:
-        counted += f"; not drawn: {left_out} failed, pruned or not finite"
+        counted += f"; not drawn: {left_out} failed, pruned, dropped or not finite"
+    if n_far:
+        counted += f"; farther than closeness {_FARTHEST:g}: {n_far}"
     axes.set_title(f"{title or 'Sweep'}: forgetting against utility", fontsize=12, loc="left", pad=22)
     axes.text(0.0, 1.02, counted, transform=axes.transAxes, fontsize=9, color="#444444")
-    axes.set_xlabel(f"forget quality: rise of the forget loss from the original (nats{_scale_words(axes.get_xaxis())})")
-    axes.set_ylabel(f"retain utility: minus the rise\nof the retain loss (nats{_scale_words(axes.get_yaxis())})")
+    for axis, name in zip((axes.get_xaxis(), axes.get_yaxis()), view.axes, strict=True):
+        axis.set_label_text(_AXIS_WORDS[name].format(scale=_scale_words(axis)))
     axes.grid(True, color="#e6e6e6", lw=0.6, zorder=0)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -174,7 +220,7 @@ def _place_labels(
     if not labelled:
         return
     renderer = canvas.get_renderer()
-    points = axes.transData.transform([(row["forget_quality"], row["retain_utility"]) for row in shown])
+    points = axes.transData.transform([(row[_X], row[_Y]) for row in shown])
     unit = canvas.figure.dpi / 72.0  # pixels a typographic point
     taken = [(x - 5 * unit, y - 5 * unit, x + 5 * unit, y + 5 * unit) for x, y in points]  # left, bottom, right, top
     corners = axes.transData.transform(np.column_stack(_front_line(axes, front)))
@@ -188,7 +234,7 @@ def _place_labels(
         for angle in np.deg2rad([35, -35, 145, -145, 80, -80, 100, -100, 10, -10, 170, -170])
     ]
     for row, text in zip(labelled, texts, strict=True):
-        point = (row["forget_quality"], row["retain_utility"])
+        point = (row[_X], row[_Y])
         x, y = axes.transData.transform(point)
         words = axes.text(0, 0, text, fontsize=8)
         width, height = words.get_window_extent(renderer).size
@@ -219,4 +265,4 @@ def _shared_areas(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def _key_of(row: Row) -> tuple[Any, ...]:
-    return row.get("trial_id"), row["forget_quality"], row["retain_utility"]
+    return row.get("trial_id"), row[_X], row[_Y]

@@ -13,21 +13,23 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from hamu.reports.cost import cost_text
 from hamu.reports.figures import pareto_png
+from hamu.reports.notes import notes_html
+from hamu.reports.rows import Row, is_finite, status_of
 from hamu.reports.summary import summarise
 from hamu.reports.tables import (
     MAX_RETAIN_ACCURACY_LOSS,
-    Row,
     best_settings,
-    is_finite,
     pareto_front,
     setting_text,
-    status_of,
     varying_settings,
 )
+from hamu.reports.timing import peaks_text
+from hamu.reports.views import View
 from hamu.training.records import read_trials, replacing
 
-_FACTS = ("name", "space", "task", "slots", "hardware")
+_FACTS = ("name", "space", "task", "slots", "hardware", "cost", "search")
 
 # Column of a trial, its heading, its format: "g" a number, "%" a share shown in percent, "s" words.
 _SETTING_COLUMNS = {
@@ -35,10 +37,15 @@ _SETTING_COLUMNS = {
     "seed": ("seed", "g"), "forget_set": ("forget set", "s"),
 }  # fmt: skip
 _RESULT_COLUMNS = {
-    "steps": ("steps", "g"), "stop_reason": ("stopped by", "s"), "forget_quality": ("forget quality (nats)", "g"),
+    "steps": ("steps", "g"), "stop_reason": ("stopped by", "s"), "forget_closeness": ("closeness", "g"),
+    "forget_quality": ("forget quality (nats)", "g"),
     "retain_utility": ("retain utility (nats)", "g"), "retain_accuracy": ("retain acc. %", "%"),
     "forget_accuracy": ("forget acc. %", "%"), "test_accuracy": ("test acc. %", "%"),
     "forget_test_loss_auc": ("forget/test AUC", "g"), "train_s": ("train s", "g"), "trial_id": ("trial", "s"),
+}  # fmt: skip
+_TIMING_COLUMNS = {
+    "method": ("method", "s"), "trials": ("trials", "g"), "steps": ("steps", "g"), "steps_s": ("s in steps", "g"),
+    "train_s": ("train s", "g"), "step_ms": ("ms a step", "g"), "peaks": ("peak memory of each rank, MiB", "s"),
 }  # fmt: skip
 _STATE_COLUMNS = {"status": ("status", "s"), "note": ("note", "s")}
 
@@ -84,7 +91,8 @@ def _summary_of(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
             facts.update({key: known[key] for key in _FACTS if known.get(key) is not None})
     if isinstance(facts["space"], Mapping):  # a plan may hold the whole space, not its name
         facts["space"] = facts["space"].get("name", folder.name)
-    return summarise(rows, **facts)
+    search = facts.pop("search", None)
+    return summarise(rows, **facts) | ({} if search is None else {"search": search})
 
 
 def _write_page(folder: Path, rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
@@ -102,28 +110,44 @@ def render_page(rows: Sequence[Row], summary: Mapping[str, Any], png: bytes) -> 
         for key, (label, kind) in _SETTING_COLUMNS.items()
         if key not in settings and fixed[key] is not None
     )
-    chosen = summary.get("recommended") or {}
-    front = _table(pareto_front(rows)[::-1], {**settings, **_RESULT_COLUMNS}, chosen.get("trial_id"))
-    best = _table(best_settings(rows), {**settings, **_RESULT_COLUMNS}, chosen.get("trial_id"))
-    noted = [{**row, "status": status_of(row), "note": row.get("error") or row.get("message")} for row in rows]
-    everything = _table(noted, {**settings, **_RESULT_COLUMNS, **_STATE_COLUMNS}, chosen.get("trial_id"))
-    title = escape(f"{summary['space']}: {summary['name']}")
     same = f" The same in all trials: {escape(constant)}." if constant else ""
+    chosen = (summary.get("recommended") or {}).get("trial_id")
+    noted = [{**row, "status": status_of(row), "note": row.get("error") or row.get("message")} for row in rows]
+    title = escape(f"{summary['space']}: {summary['name']}")
+    alt = "Time of a step by method" if summary.get("timing") else "Pareto front: forgetting against retained utility"
+    sections = _timing(summary) if summary.get("timing") else _rankings(rows, summary, settings, same)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>{_STYLE}</style></head><body>
 <h1>{title}</h1>
 <p class="headline">{_headline(rows, summary, names)}</p>
 <dl>{"".join(f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in _facts(summary))}</dl>
-<img alt="Pareto front: forget quality against retain utility" src="data:image/png;base64,{
-        base64.b64encode(png).decode("ascii")
-    }">
-<h2>Pareto front</h2><p>Trials that no other beats on both axes.{same}</p>{front}
-<h2>Best of each method</h2><p>Chosen as the setting to use is, see the notes; else the highest retain accuracy.</p>{best}
-<h2>All trials</h2><p>Click a heading to sort.</p>{everything}
-<h2>How to read this</h2>{_notes()}
+<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">
+{sections}
+<h2>All trials</h2><p>Click a heading to sort.</p>{_table(noted, {**settings, **_results(summary), **_STATE_COLUMNS}, chosen)}
+<h2>How to read this</h2>{notes_html(summary)}
 <script>{_SCRIPT}</script></body></html>
 """
+
+
+def _results(summary: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Columns of results: the closeness in the reference view alone."""
+    return {key: column for key, column in _RESULT_COLUMNS.items() if key != "forget_closeness" or summary["view"] == "reference"}
+
+
+def _rankings(rows: Sequence[Row], summary: Mapping[str, Any], settings: Mapping[str, tuple[str, str]], same: str) -> str:
+    view, columns = View(summary["view"]), {**settings, **_results(summary)}
+    chosen = (summary.get("recommended") or {}).get("trial_id")
+    front = _table(pareto_front(rows, view)[::-1], columns, chosen)
+    best = _table(best_settings(rows, view), columns, chosen)
+    return f"""<h2>Pareto front</h2><p>Trials that no other beats on both axes ({view.name} view).{same}</p>{front}
+<h2>Best of each method</h2><p>Chosen as the setting to use is, see the notes; else the highest retain accuracy.</p>{best}"""
+
+
+def _timing(summary: Mapping[str, Any]) -> str:
+    table = [{**row, "peaks": peaks_text(row)} for row in summary["timing"]]
+    shown = _table(table, _TIMING_COLUMNS, None)
+    return f"<h2>Time and memory by method</h2><p>Medians over a method's trials; the largest peak.</p>{shown}"
 
 
 def _headline(rows: Sequence[Row], summary: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -140,7 +164,11 @@ def _headline(rows: Sequence[Row], summary: Mapping[str, Any], names: Iterable[s
         return f"Use <b>{escape(words)}</b>. {escape(changes)}. {_steps_text(chosen)}"
     if not rows:
         return "No trial has ended yet."
-    if all(row.get("steps") == 0 for row in rows if status_of(row) == "finished"):
+    if summary.get("timing"):
+        fastest = summary["timing"][0]
+        words = f"<b>{escape(str(fastest['method']))}</b>, {escape(_cell(fastest['step_ms'], 'g'))} ms a step"
+        return f"This sweep measured times alone. Fastest: {words}."
+    if all(row.get("steps") == 0 for row in rows if status_of(row) in ("finished", "dropped")):
         bound = _cell(summary.get("max_constraint_ratio"), "g")
         return f"No trial took a step. The largest feasible constraint ratio is {escape(bound)}: use ratios below it."
     percent = f"{100 * MAX_RETAIN_ACCURACY_LOSS:g}"
@@ -160,12 +188,21 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         hardware = ", ".join(f"{key} {value}" for key, value in hardware.items())
     ended = f"{trials['finished']} finished ({trials['early_stopped']} of them stopped early)"
     times = f"{_cell(summary.get('wall_s'), 'g')} s with {summary.get('slots') or '?'} trials at once"
+    dropped = f"; {summary['dropped']} dropped, never run" if summary.get("dropped") else ""
+    area, corner = summary.get("hypervolume"), summary.get("hypervolume_reference")
+    measured = f"{_cell(area, 'g')} ({summary['view']} view, from ({corner[0]:g}, {corner[1]:.4g}))" if corner else "not known"
+    search = summary.get("search")
+    stopped = search.get("ended") if isinstance(search, Mapping) else None
+    cost = cost_text(summary["cost"]).splitlines() if summary.get("cost") else []
     return [
-        ("trials", f"{trials['total']}: {ended}, {trials['failed']} failed, {trials['pruned']} pruned"),
+        ("trials", f"{trials['total']}: {ended}, {trials['failed']} failed, {trials['pruned']} pruned{dropped}"),
+        *([] if summary.get("timing") else [("hypervolume of the Pareto front", measured)]),
+        *([("search", str(stopped))] if stopped else []),
         ("stopped infeasible", f"{summary['infeasible']} ({summary['infeasible_at_start']} before the first step)"),
         ("S at the first step", _with_range(summary, "gradient_product")),
         ("largest feasible constraint ratio at the first step", _with_range(summary, "max_constraint_ratio")),
         ("wall time", f"{times}; {_cell(summary.get('train_s'), 'g')} s of training in all"),
+        *(("cost" if i == 0 else "", line.removeprefix("cost: ")) for i, line in enumerate(cost)),
         ("hardware", str(hardware or "not recorded")),
     ]
 
@@ -200,27 +237,6 @@ def _table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]], chosen: 
         )
         body.append(f"<tr{mark}>{''.join(cells)}</tr>")
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-
-
-def _notes() -> str:
-    percent = f"{100 * MAX_RETAIN_ACCURACY_LOSS:g}"
-    notes = (
-        "Axes (paper view), both in nats and from the original model: forget quality is the rise of the forget loss, "
-        "retain utility is minus the rise of the retain loss. Up and right is better; the original is at (0, 0).",
-        "This view has no upper end and rewards over-forgetting: a model that is confidently wrong on the forgotten "
-        "rows, as after gradient ascent, scores higher than one that was never shown them. A membership AUC far from "
-        "0.5 on either side is a sign of it; this report has no retrained model to compare with.",
-        "The setting to use is the trial of the front with the most forgetting among those whose retain accuracy is at "
-        f"most {percent} % under the original's. Forget quality counts up to 2 ln(classes), twice the loss of a guess; of "
-        "those that reach it, the one of highest retain utility is taken. It was chosen and is reported on the same rows, so "
-        "expect a little less on others.",
-        "Test rows hold all classes, so the test accuracy falls by the forgotten class's share where a whole class is forgotten.",
-        "The ratio is the constraint divided by the learning rate. S is the sum over blocks of the product of the "
-        "lengths of the clipped retain and forget gradients; it bounds the ratio from above and shrinks as the model "
-        "converges. A HAMU trial whose ratio asks for more than the gradients allow stops as infeasible; one that did "
-        "so before its first step is the original model.",
-    )
-    return f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"
 
 
 _STYLE = """

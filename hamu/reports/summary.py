@@ -6,12 +6,17 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hamu.reports.tables import Row, is_finite, pareto_front, recommended, status_of
+from hamu.reports.hypervolume import hypervolume
+from hamu.reports.rows import Row, is_finite, status_of
+from hamu.reports.tables import pareto_front, recommended
+from hamu.reports.timing import is_timing, timing_rows
+from hamu.reports.views import view_of
 from hamu.training.records import SPLITS
 
 PARETO_COLUMNS = (
     "trial_id", "method", "learning_rate", "constraint_ratio", "rho", "seed", "steps", "stop_reason", "train_s",
-    "forget_quality", "retain_utility", *(f"{split}_{metric}" for split in SPLITS for metric in ("accuracy", "loss")),
+    "forget_closeness", "forget_quality", "retain_utility",
+    *(f"{split}_{metric}" for split in SPLITS for metric in ("accuracy", "loss")),
     "forget_test_loss_auc", "model_path",
 )  # fmt: skip
 
@@ -24,6 +29,7 @@ def summarise(
     task: str,
     slots: int | None,
     hardware: Mapping[str, Any] | str | None = None,
+    cost: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Count, time and rank the trials of a sweep.
 
@@ -32,19 +38,26 @@ def summarise(
         name, space, task: of the sweep.
         slots: trials that ran at once.
         hardware: what it ran on, in words or as a dict.
+        cost: what `hamu.reports.cost.cost_of` said of it.
 
     Returns:
         A dict of plain JSON values (what is not finite is null), among them
         `wall_s`: from the first trial's start to the last one's end; `train_s`: summed over the trials;
         `trials`: total = finished + failed + pruned; the early-stopped ones are finished ones;
+        `dropped`: trials besides these that never ran; `pruned_at_start`: pruned ones that took no step;
         `infeasible`: trials that stopped infeasible, `infeasible_at_start`: those of them that took no step;
         `gradient_product` (S) and `max_constraint_ratio`, both at the first step: median over the trials, and `_range`;
-        `pareto`: trials by rising forget_quality; `recommended`: the setting to use, or null; `view`: "paper".
+        `view`: "reference" where trials were compared with a retrained model, else "paper"; what follows is in its axes:
+        `hypervolume` (null where the number of classes is not known) from the point `hypervolume_reference`,
+        `pareto`: trials by rising forgetting; `recommended`: the setting to use, or null;
+        `timing`: of a sweep that measured times alone, a row a method (`timing_rows`); else null. `cost`: as given.
     """
     statuses = [status_of(row) for row in rows]
     starts, ends = _finite(rows, "started_at"), _finite(rows, "ended_at")
     infeasible = [row for row in rows if row.get("stop_reason") == "infeasible"]
-    chosen = recommended(rows)
+    view = view_of(rows)
+    chosen = recommended(rows, view)
+    corner = view.reference_point(rows)
     counts = {status: statuses.count(status) for status in ("finished", "failed", "pruned")}
     early = [
         row for row, status in zip(rows, statuses, strict=True)
@@ -56,7 +69,7 @@ def summarise(
         "task": task,
         "slots": slots,
         "hardware": hardware,
-        "view": "paper",
+        "view": view.name,
         "wall_s": max(ends) - min(starts) if starts and ends else None,
         "train_s": sum(_finite(rows, "train_s")),
         "trials": {
@@ -66,12 +79,18 @@ def summarise(
             "early_stopped": len(early),
             "pruned": counts["pruned"],
         },
+        "dropped": statuses.count("dropped"),
+        "pruned_at_start": sum(row.get("steps") == 0 for row, status in zip(rows, statuses, strict=True) if status == "pruned"),
         "infeasible": len(infeasible),
         "infeasible_at_start": sum(row.get("steps") == 0 for row in infeasible),
         **_median_and_range(rows, "gradient_product"),
         **_median_and_range(rows, "max_constraint_ratio"),
+        "hypervolume": hypervolume(rows, view),
+        "hypervolume_reference": None if corner is None else list(corner),
         "recommended": None if chosen is None else _pareto_entry(chosen),
-        "pareto": [_pareto_entry(row) for row in pareto_front(rows)],
+        "pareto": [_pareto_entry(row) for row in pareto_front(rows, view)],
+        "timing": timing_rows(rows) if is_timing(rows) else None,
+        "cost": None if cost is None else dict(cost),
     }
 
 

@@ -1,20 +1,25 @@
 """Tables of a sweep's trials: the Pareto front, the setting to use, the best of each method.
 
-Rows are dicts in the columns of `hamu.training.records.TRIAL_SCHEMA`. The axes are the paper view, from the original
-model: `forget_quality` = rise of the forget loss (nats), `retain_utility` = minus the rise of the retain loss (nats).
+Rows are dicts in the columns of `hamu.training.records.TRIAL_SCHEMA`; the axes are those of a view (hamu/reports/views.py), by
+default the reference view where the trials were compared with retrained models, else the paper view.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from hamu.reports.rows import Row, is_finite, status_of
+from hamu.reports.timing import is_timing, timing_text
+from hamu.reports.views import View, view_of
 from hamu.training.records import SPLITS
 
-Row = Mapping[str, Any]
+__all__ = [
+    "MAX_RETAIN_ACCURACY_LOSS", "SETTINGS", "Row", "best_settings", "comparable", "front_text", "is_finite",
+    "keeps_retain_accuracy", "pareto_front", "recommended", "setting_text", "status_of", "varying_settings",
+]  # fmt: skip
 
-AXES = ("forget_quality", "retain_utility")
 MAX_RETAIN_ACCURACY_LOSS = 0.01
 """Share of retain rows that a recommended setting may get wrong beyond the original's."""
 
@@ -22,35 +27,28 @@ SETTINGS = ("method", "learning_rate", "constraint_ratio", "forget_set", "rho", 
 _SHORT = {"learning_rate": "lr", "constraint_ratio": "ratio"}
 
 
-def is_finite(value: object) -> TypeGuard[float]:
-    """Whether a cell holds a finite number (null, nan and infinity do not)."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def comparable(rows: Iterable[Row], view: View | None = None) -> list[dict[str, Any]]:
+    """The trials that a front is made of: ended without error, both axes of the view finite."""
+    rows = list(rows)
+    axes = (view or view_of(rows)).axes
+    return [dict(row) for row in rows if status_of(row) == "finished" and all(is_finite(row.get(axis)) for axis in axes)]
 
 
-def status_of(row: Row) -> str:
-    """ "finished", "failed" or "pruned"; a row without status counts as failed when it carries an error."""
-    return row.get("status") or ("failed" if row.get("error") else "finished")
-
-
-def comparable(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """The trials that a front is made of: ended without error, both axes finite."""
-    ended = (row for row in rows if status_of(row) == "finished")
-    return [dict(row) for row in ended if all(is_finite(row.get(axis)) for axis in AXES)]
-
-
-def pareto_front(rows: Iterable[Row]) -> list[dict[str, Any]]:
+def pareto_front(rows: Iterable[Row], view: View | None = None) -> list[dict[str, Any]]:
     """The trials that no other beats on both axes, O(n log n).
 
     Trial a beats b when it is at least as good on both axes and better on one. Of trials at one and the same point the
-    first is kept, so the front's points are distinct. Failed and pruned trials and non-finite points are left out.
+    first is kept, so the front's points are distinct. Failed, pruned and dropped trials and non-finite points are left out.
 
     Returns:
-        Copies of rows, by rising forget_quality (so by falling retain_utility).
+        Copies of rows, by rising forgetting (so by falling retain_utility).
     """
-    candidates = sorted(comparable(rows), key=lambda row: (-row["forget_quality"], -row["retain_utility"]))
+    rows = list(rows)
+    view = view or view_of(rows)
+    x, y = view.axes
     front: list[dict[str, Any]] = []
-    for row in candidates:
-        if not front or row["retain_utility"] > front[-1]["retain_utility"]:
+    for row in sorted(comparable(rows, view), key=lambda row: (-row[x], -row[y])):
+        if not front or row[y] > front[-1][y]:
             front.append(row)
     return front[::-1]
 
@@ -63,25 +61,22 @@ def keeps_retain_accuracy(row: Row) -> bool:
     return False
 
 
-def recommended(rows: Iterable[Row]) -> dict[str, Any] | None:
+def recommended(rows: Iterable[Row], view: View | None = None) -> dict[str, Any] | None:
     """The setting to use: the most forgetting among those that keep the retain accuracy, and of equals the most useful.
 
-    Kept means: at most MAX_RETAIN_ACCURACY_LOSS under the original's. Forget quality counts up to 2 ln(classes): a loss beyond
-    that of a guess says no more about forgetting. Trials without a step are the original and are
-    never recommended, nor are those that forgot nothing. None when no trial qualifies.  Source: ours.
+    Kept means: at most MAX_RETAIN_ACCURACY_LOSS under the original's. In the paper view forget quality counts to 2 ln(classes):
+    a loss beyond that of a guess says no more about forgetting; in the reference view more means nearer to the retrained model.
+    Trials without a step are the original and are never recommended, nor are those that forgot nothing. None when no trial
+    qualifies.  Source: ours.
     """
-    front = [row for row in pareto_front(rows) if row.get("steps") != 0 and row["forget_quality"] > 0]
+    rows = list(rows)
+    view = view or view_of(rows)
+    front = [row for row in pareto_front(rows, view) if row.get("steps") != 0 and row[view.axes[0]] > 0]
     kept = [row for row in front if keeps_retain_accuracy(row)]
-    return max(kept, key=lambda row: (min(row["forget_quality"], _enough(row)), row["retain_utility"]), default=None)
+    return max(kept, key=lambda row: (view.forgetting(row) or 0.0, row["retain_utility"]), default=None)
 
 
-def _enough(row: Row) -> float:
-    """Forget quality from which on more is not better, nats; unbounded where the number of classes is not known."""
-    n_classes = row.get("n_classes")
-    return 2 * math.log(n_classes) if is_finite(n_classes) and n_classes > 1 else math.inf
-
-
-def best_settings(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def best_settings(rows: Sequence[Row], view: View | None = None) -> list[dict[str, Any]]:
     """The best trial of each method that took a step, the sweep's recommended one first.
 
     The best is the recommended one of the method's own trials; where there is none, that of highest retain accuracy.
@@ -89,15 +84,16 @@ def best_settings(rows: Sequence[Row]) -> list[dict[str, Any]]:
     Returns:
         Copies of rows with `is_recommended` (the sweep's choice) and `keeps_retain_accuracy` added.
     """
-    chosen = recommended(rows)
+    view = view or view_of(rows)
+    chosen = recommended(rows, view)
     best: list[dict[str, Any]] = []
     for method in dict.fromkeys(row.get("method") for row in rows):
-        own = [row for row in comparable(rows) if row.get("method") == method and row.get("steps") != 0]
+        own = [row for row in comparable(rows, view) if row.get("method") == method and row.get("steps") != 0]
         if own:
-            row = recommended(own) or max(own, key=_retain_accuracy)
+            row = recommended(own, view) or max(own, key=_retain_accuracy)
             is_chosen = chosen is not None and row.get("trial_id") == chosen.get("trial_id")
             best.append({**row, "is_recommended": is_chosen, "keeps_retain_accuracy": keeps_retain_accuracy(row)})
-    return sorted(best, key=lambda row: (not row["is_recommended"], not row["keeps_retain_accuracy"], -row["forget_quality"]))
+    return sorted(best, key=lambda row: (not row["is_recommended"], not row["keeps_retain_accuracy"], -row[view.axes[0]]))
 
 
 def _retain_accuracy(row: Row) -> float:
@@ -128,19 +124,27 @@ def setting_text(row: Row, names: Iterable[str] = SETTINGS) -> str:
     return ", ".join(parts)
 
 
-def front_text(rows: Sequence[Row]) -> str:
-    """The Pareto front for a terminal, most forgetting first; the axes in nats, `*` marks the setting to use."""
-    front, chosen, names = pareto_front(rows), recommended(rows), varying_settings(rows)
+def front_text(rows: Sequence[Row], view: View | None = None) -> str:
+    """The Pareto front for a terminal, most forgetting first; `*` marks the setting to use.
+
+    Losses in nats; the reference view has a column of closeness besides. A sweep that measured times alone gives those.
+    """
+    view = view or view_of(rows)
+    if is_timing(rows):
+        return timing_text(rows)
+    front, chosen, names = pareto_front(rows, view), recommended(rows, view), varying_settings(rows)
     if not front:
         return "no trial has finite results yet"
+    columns = {"forget_closeness": "closeness"} if view.name == "reference" else {}
+    columns |= {"forget_quality": "forget q.", "retain_utility": "retain u."}
     width = max(len(setting_text(row, names)) for row in front)
-    heads = f"{'forget q.':>9} {'retain u.':>9} {'retain%':>7} {'forget%':>7} {'test%':>7}"
+    heads = f"{' '.join(f'{head:>9}' for head in columns.values())} {'retain%':>7} {'forget%':>7} {'test%':>7}"
     lines = [f"  {'setting':<{width}}  {heads}  trial"]
     for row in reversed(front):
         mark = "*" if chosen is not None and row.get("trial_id") == chosen.get("trial_id") else " "
         accuracies = (row.get(f"{split}_accuracy") for split in SPLITS)
         shares = " ".join(f"{100 * value:>7.1f}" if is_finite(value) else f"{'-':>7}" for value in accuracies)
-        axes = f"{row['forget_quality']:>+9.3g} {row['retain_utility']:>+9.3g}"
+        axes = " ".join(f"{row[name]:>+9.3g}" if is_finite(row.get(name)) else f"{'-':>9}" for name in columns)
         lines.append(f"{mark} {setting_text(row, names):<{width}}  {axes} {shares}  {row.get('trial_id', '')}")
     if chosen is None:
         percent = 100 * MAX_RETAIN_ACCURACY_LOSS
