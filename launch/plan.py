@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,20 +15,18 @@ from typing import Any
 from hamu.errors import ConfigError, HamuError
 from hamu.tasks.catalog import modality_of
 from hamu.training.config import ALIASES, KNOWN, TrainConfig
-from hamu.training.fields import merge_known, read_value, unknown_key
+from hamu.training.fields import merge_known
 from hamu.training.run_settings import DATASET_PARTS
+from launch.overrides import DECIDED, read_overrides
 from launch.pairing import check_one_value
-from tune_spaces.space import METHOD, ORIGINAL_PREFIX, Space
+from tune_spaces.search import SearchSettings
+from tune_spaces.space import METHOD, Space
 
 FORMAT = 1
 _PACKAGES = ("hamu-sweeps", "ray", "torch", "transformers", "numpy", "pyarrow")
 
-# What a sweep decides itself, and the flag that says it.
-_DECIDED = {
-    "artifact_root": "--storage-path", "output_dir": "--name", "final_model_output_dir": "--name", "resume": "--resume",
-    "dry_run": "--dry-run", "fetch": "--fetch", "device": "--gpus (0 for the cores)", "debug": "no flag",
-    "ray_address": "no flag",
-}  # fmt: skip
+# What says which rows of the same data a trial forgets.
+_FORGET_SET = ("forget_class", "hard_probability", "split_ratio")
 
 # What the original shares with the trials that start from it. Not rho: as published, every rho starts from rho 0.
 _SHARED = (
@@ -40,16 +38,22 @@ _SHARED = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTrial:
-    """A trial: its id, its settings, and the key of the original that it starts from."""
+    """A trial: its id, its settings, the key of the original that it starts from, and that of the retain-only model of its
+    forget set where the sweep has references."""
 
     trial_id: str
     config: Mapping[str, Any]
     original: str
+    reference: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a sweep runs. The trials' settings go on top of `defaults`, so that a resumed sweep does not follow new defaults."""
+    """What a sweep may run: every trial, literally, of which a search can choose some.
+
+    The trials' settings go on top of `defaults`, so that a resumed sweep does not follow new defaults. script, published: the
+    published script that the space stands for and its number of trials. references: the training of retain-only models.
+    """
 
     name: str
     space: str
@@ -62,6 +66,11 @@ class Plan:
     originals: Mapping[str, Mapping[str, Any]]
     versions: Mapping[str, str]
     root: Path
+    script: str | None = None
+    published: int | None = None
+    scale: str = "full"
+    references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    search: SearchSettings = field(default_factory=SearchSettings)
 
     def config(self, trial: PlannedTrial) -> TrainConfig:
         """A trial's whole configuration."""
@@ -70,6 +79,15 @@ class Plan:
     def original(self, key: str) -> TrainConfig:
         """The configuration that an original is trained with."""
         return self._whole(self.originals[key])
+
+    def reference(self, key: str) -> TrainConfig:
+        """The configuration that a retain-only model is trained with."""
+        return self._whole(self.references[key])
+
+    @property
+    def n_to_run(self) -> int:
+        """How many of the trials run at most: all of them, or as many as the search may try."""
+        return self.search.budget(len(self.trials))
 
     def _whole(self, config: Mapping[str, Any]) -> TrainConfig:
         return TrainConfig.from_flat({**self.defaults, **config, "artifact_root": str(self.root)})
@@ -94,39 +112,79 @@ class Plan:
             "created_at": self.created_at,
             "overrides": {key: list(values) for key, values in self.overrides.items()},
             "versions": dict(self.versions),
+            "script": self.script,
+            "published": self.published,
+            "scale": self.scale,
+            "search": asdict(self.search),
             "originals": {key: dict(config) for key, config in self.originals.items()},
+            "references": {key: dict(config) for key, config in self.references.items()},
             "trials": [
-                {"trial_id": trial.trial_id, "original": trial.original, "config": dict(trial.config)} for trial in self.trials
+                {
+                    "trial_id": trial.trial_id,
+                    "original": trial.original,
+                    "reference": trial.reference,
+                    "config": dict(trial.config),
+                }
+                for trial in self.trials
             ],
             "defaults": dict(self.defaults),
         }
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], root: Path) -> Plan:
-        """Read a sweep.json; `root` is the artifact root that it lies under now."""
+        """Read a sweep.json; `root` is the artifact root that it lies under now.
+
+        What an older one does not say is what it meant then: the whole grid at full scale, without references.
+        """
         if stored["format"] != FORMAT:
             raise KeyError(f"format {stored['format']}")
         known = {name: value for name, value in stored["defaults"].items() if name in KNOWN}
+        later = {name: stored[name] for name in ("script", "published", "scale", "references") if name in stored}
         return cls(
             **{name: stored[name] for name in ("name", "space", "task", "summary", "created_at", "versions", "originals")},
             overrides={key: tuple(values) for key, values in stored["overrides"].items()},
             defaults=known,
             trials=tuple(PlannedTrial(**trial) for trial in stored["trials"]),
             root=root,
+            search=SearchSettings(**stored.get("search", {})),
+            **later,
         )
 
 
-def make_plan(space: Space, *, name: str, overrides: Mapping[str, tuple[Any, ...]], root: Path) -> Plan:
+def make_plan(
+    space: Space,
+    *,
+    name: str,
+    overrides: Mapping[str, tuple[Any, ...]],
+    root: Path,
+    scale: str = "full",
+    search: SearchSettings | None = None,
+    with_reference: bool | None = None,
+) -> Plan:
     """Lay out a space's trials and check each.
+
+    Args:
+        space: what is tried.
+        name: of the sweep.
+        overrides: as `read_overrides` gives them; they win over the scale.
+        root: artifact root.
+        scale: a key of `tune_spaces.scale.SCALES`.
+        search: how trials are chosen; None: as the space says.
+        with_reference: whether the retain-only model of each forget set is trained too; None: as the space says.
 
     Raises:
         ConfigError: a trial's settings are wrong; the message names the trial where it is one of several.
     """
     for key, values in overrides.items():
         check_one_value(key, values)
-    space = space.with_overrides(overrides)
+    space = space.scaled(scale, overrides)
+    if search is None:
+        search = SearchSettings(name=space.search, scheduler=space.scheduler, score=space.score)
+    wants_references = space.with_reference if with_reference is None else with_reference
     defaults = TrainConfig.from_flat({"modality": _modality(space)}).to_flat()
     originals: dict[str, dict[str, Any]] = {}
+    references: dict[str, dict[str, Any]] = {}
+    keys = _Keys()
     trials = []
     for trial in space.trials():
         config = merge_known(trial.config, KNOWN, ALIASES)
@@ -134,9 +192,14 @@ def make_plan(space: Space, *, name: str, overrides: Mapping[str, tuple[Any, ...
         if not whole.is_unlearning:
             raise ConfigError(f"space {space.name!r}: trial {trial.trial_id} has no {METHOD}; give one, e.g. --set method=hamu-q")
         original = original_settings(config, space.original)
-        key = TrainConfig.from_flat(original).recipe_hash()
+        key = keys.of(original)
         originals.setdefault(key, original)
-        trials.append(PlannedTrial(trial_id=trial.trial_id, config=config, original=key))
+        reference = None
+        if wants_references:
+            settings = reference_settings(config, original)
+            reference = keys.of(settings)
+            references.setdefault(reference, settings)
+        trials.append(PlannedTrial(trial_id=trial.trial_id, config=config, original=key, reference=reference))
     return Plan(
         name=name,
         space=space.name,
@@ -144,12 +207,30 @@ def make_plan(space: Space, *, name: str, overrides: Mapping[str, tuple[Any, ...
         summary=space.summary,
         created_at=time.time(),
         overrides=dict(overrides),
-        defaults={key: value for key, value in defaults.items() if key not in _DECIDED},
+        defaults={key: value for key, value in defaults.items() if key not in DECIDED},
         trials=tuple(trials),
         originals=originals,
         versions=_versions(),
         root=root,
+        script=space.script,
+        published=space.published,
+        scale=scale,
+        references=references,
+        search=search,
     )
+
+
+class _Keys:
+    """Recipe hashes of trainings, which many trials share; each is found once."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, str] = {}
+
+    def of(self, settings: Mapping[str, Any]) -> str:
+        text = json.dumps(settings, sort_keys=True)
+        if text not in self._found:
+            self._found[text] = TrainConfig.from_flat(settings).recipe_hash()
+        return self._found[text]
 
 
 def _modality(space: Space) -> str:
@@ -171,31 +252,9 @@ def original_settings(trial: Mapping[str, Any], extra: Mapping[str, Any]) -> dic
     return {**shared, **fixed, **merge_known(extra, KNOWN, ALIASES)}
 
 
-def read_overrides(assignments: Iterable[str]) -> dict[str, tuple[Any, ...]]:
-    """Read `--set` arguments, "key=value" or "key=value,value"; the last one of a key counts.
-
-    Raises:
-        ConfigError: no "=", an unknown key (the nearest is named), a value that does not fit, or a key that the sweep decides.
-    """
-    overrides: dict[str, tuple[Any, ...]] = {}
-    for assignment in assignments:
-        raw, equals, text = assignment.partition("=")
-        if not equals or not raw.strip():
-            raise ConfigError(f"--set {assignment!r}: a setting is key=value, or key=value,value for an axis")
-        prefix = ORIGINAL_PREFIX if raw.strip().startswith(ORIGINAL_PREFIX) else ""
-        key = raw.strip().removeprefix(prefix).replace("-", "_")
-        key = ALIASES.get(key, key)
-        if key not in KNOWN:
-            raise ConfigError(unknown_key(key, (*KNOWN, *ALIASES), prefix=prefix))
-        if key in _DECIDED:
-            raise ConfigError(f"--set {key}: the sweep decides it; use {_DECIDED[key]}")
-        kind, optional = KNOWN[key]
-        parts = [text] if kind is list else [part.strip() for part in text.split(",")]
-        if kind is not list and "" in parts:
-            raise ConfigError(f"--set {assignment!r}: a value is empty; give {key}=value, or key=value,value for an axis")
-        values = tuple(read_value(key, part, kind, optional) for part in parts)
-        overrides[prefix + key] = tuple(dict.fromkeys(values)) if kind is not list else values
-    return overrides
+def reference_settings(trial: Mapping[str, Any], original: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the retain-only model of a trial: as its original, on the rows that the trial does not forget."""
+    return {**original, "add_forget_to_train": False, **{name: trial[name] for name in _FORGET_SET if name in trial}}
 
 
 def data_key(config: TrainConfig) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from launch.machine import Machine, Slots
 from launch.plan import Plan, PlannedTrial, said_once, trial_columns
+from tune_spaces.scale import FULL
 from tune_spaces.space import METHOD, Space
 
 _SHORT = {"learning_rate": "lr", "constraint_ratio": "ratio", "hard_probability": "rho", "num_train_epochs": "epochs"}
+_HIDDEN = (METHOD, "add_forget_to_train")
 
 
 def setting_words(trial: PlannedTrial, columns: Iterable[str]) -> str:
@@ -32,25 +34,45 @@ def plan_text(plan: Plan, *, machine: Machine, slots: Slots, folder: str, finish
     columns = trial_columns(plan)
     header = ("trial", *(_SHORT.get(key, key.removeprefix("unlearning_")) for key in columns))
     rows = [header, *((trial.trial_id, *(_text(trial.config.get(key)) for key in columns)) for trial in plan.trials)]
-    lines = [f"space      {plan.space}: {plan.summary}", f"results    {folder}", f"machine    {machine.describe()}"]
-    lines.append(f"slots      {slots.describe()}")
+    lines = [f"space      {plan.space}: {plan.summary}", *_published(plan), f"results    {folder}"]
+    lines += [f"machine    {machine.describe()}", f"slots      {slots.describe()}", f"search     {search_words(plan)}"]
+    if plan.scale != FULL:
+        lines.append(f"scale      {plan.scale}: embedded data, with rates, batches, epochs and ratios that suit it")
     lines += [f"warning    {slots.warning}"] if slots.warning else []
-    for key, config in plan.originals.items():
-        lines.append(f"original   {key}: {', '.join(f'{name} {_text(value)}' for name, value in _shown(config).items())}")
+    for word, models in (("original ", plan.originals), ("reference", plan.references)):
+        for key, config in models.items():
+            has_rho = word == "reference" and config.get("modality") != "llm"
+            hidden = _HIDDEN if has_rho else (*_HIDDEN, "hard_probability")
+            shown = (f"{name} {_text(value)}" for name, value in config.items() if name not in hidden)
+            lines.append(f"{word}  {key}: {', '.join(shown)}")
     lines += [f"set        {key} {', '.join(map(_text, values))}" for key, values in plan.overrides.items()]
     lines += [f"shared     {name} {_text(value)}" for name, value in _same(plan, columns).items()]
     lines += [f"note       {line}" for line in said_once(plan)]
     if finished:
-        lines.append(f"finished   {finished} of {len(plan.trials)}; the others would run")
-    return "\n".join([*lines, "", *_aligned(rows), "", f"trials: {len(plan.trials)}"])
+        lines.append(f"finished   {finished} of {plan.n_to_run}; the others would run")
+    return "\n".join([*lines, "", *_aligned(rows), "", f"trials: {plan.n_to_run}"])
+
+
+def search_words(plan: Plan) -> str:
+    """How the trials are chosen among those of the plan, in a line."""
+    search, n_pool = plan.search, len(plan.trials)
+    how_many = f"all {n_pool} trials" if plan.n_to_run == n_pool else f"at most {plan.n_to_run} of the {n_pool} trials below"
+    words = [f"{search.name}: {how_many}"]
+    words += [f"{name} {rule}" for name in ("target", "keep") for rule in getattr(search, name)]
+    words += [f"until {search.until}"] if search.until else []
+    words += [f"scheduler {search.scheduler} by {search.score}"] if search.scheduler else []
+    return ", ".join(words)
+
+
+def _published(plan: Plan) -> list[str]:
+    if plan.script is None:
+        return []
+    counts = "" if plan.published in (None, len(plan.trials)) else f": {plan.published} trials; here {len(plan.trials)}"
+    return [f"published  {plan.script}{counts}"]
 
 
 def _same(plan: Plan, columns: Iterable[str]) -> dict[str, Any]:
     return {key: value for key, value in plan.trials[0].config.items() if key not in set(columns)}
-
-
-def _shown(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in (METHOD, "add_forget_to_train", "hard_probability")}
 
 
 def _text(value: Any) -> str:

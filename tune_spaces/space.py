@@ -15,13 +15,14 @@ import hashlib
 import importlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hamu.errors import ConfigError, unknown
 from hamu.methods.names import HAMU_METHODS
+from tune_spaces.scale import SCALES, is_embedded
 
 METHOD = "unlearning_method"
 RATIO = "constraint_ratio"
@@ -47,6 +48,12 @@ class Space:
         base: flag -> value, for every trial.
         grids: flag -> values; each mapping is a product (the first axis varies slowest), all together are a union.
         original: flag -> value, on top of the trial's data and model settings, to train the original with.
+        script: name of the published script that the space stands for.
+        published: number of its trials.
+        search: how trials are chosen from the list, a name in `tune_spaces.search`; grid: all, in order.
+        scheduler: what ends trials early by comparing them, a name in `tune_spaces.search`.
+        score: the one number that a scheduler compares: a column of the rows, "-column" to minimise it, or balance.
+        with_reference: also train the retain-only model of each forget set, which forgetting is then measured against.
     """
 
     name: str
@@ -54,6 +61,12 @@ class Space:
     base: Mapping[str, Any]
     grids: tuple[Mapping[str, tuple[Any, ...]], ...]
     original: Mapping[str, Any] = field(default_factory=dict)
+    script: str | None = None
+    published: int | None = None
+    search: str = "grid"
+    scheduler: str | None = None
+    score: str = "balance"
+    with_reference: bool = False
 
     def __post_init__(self) -> None:
         if self.name.count("/") != 1:
@@ -115,6 +128,34 @@ class Space:
             else:
                 space = replace(space, grids=tuple({**grid, key: values} for grid in space.grids))
         return space
+
+    def scaled(self, name: str, overrides: Mapping[str, tuple[Any, ...]] | None = None) -> Space:
+        """The same experiment at another size, trial by trial and in the same order, with the overrides as they are given.
+
+        Args:
+            name: a key of `SCALES`; "full" changes nothing, nor does any where the space is on embedded data.
+            overrides: as of `with_overrides`; what they set is not scaled.
+
+        Raises:
+            ConfigError: there is no such scale, or an override does not fit.
+        """
+        if name not in SCALES:
+            raise ConfigError(unknown("scale", name, SCALES))
+        overrides = overrides or {}
+        space, scale = self.with_overrides(overrides), SCALES[name]
+        if scale is None or is_embedded([trial.config for trial in self.trials()]):
+            return space
+        configs = [trial.config for trial in space.trials()]
+        changed, original = scale(configs)
+        kept = {key.removeprefix(ORIGINAL_PREFIX) for key in overrides if key.startswith(ORIGINAL_PREFIX)}
+        pairs = zip(configs, changed, strict=True)
+        grids = tuple({key: (value,) for key, value in _keeping(old, new, overrides).items()} for old, new in pairs)
+        return replace(space, base={}, grids=grids, original=_keeping(space.original, original, kept))
+
+
+def _keeping(old: Mapping[str, Any], new: Mapping[str, Any], kept: Collection[str]) -> dict[str, Any]:
+    """`new`, but for the flags in `kept`, which are as in `old`."""
+    return {key: value for key, value in new.items() if key not in kept} | {key: old[key] for key in kept if key in old}
 
 
 def _choose_methods(space: Space, methods: tuple[Any, ...]) -> tuple[Mapping[str, tuple[Any, ...]], ...]:

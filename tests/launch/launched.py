@@ -33,9 +33,9 @@ class Launched:
         self.processes.append(process)
         return process
 
-    def run(self, *flags: str, code: int = 0, **environment: str) -> str:
+    def run(self, *flags: str, code: int = 0, minutes: float = 5, **environment: str) -> str:
         process = self.start(*flags, **environment)
-        out, _ = process.communicate(timeout=300)
+        out, _ = process.communicate(timeout=60 * minutes)
         assert process.returncode == code, out
         return out
 

@@ -4,6 +4,7 @@ from tune_spaces.space import Space
 
 SPACE = Space(
     name="cifar/constraint_sweep",
+    script="cifar10 constraint_sweep",
     summary="forget one class of CIFAR-10: hamu-q and hamu-u over constraint ratios 0 to 0.9",
     base={
         "dataset_name": "uoft-cs/cifar10",

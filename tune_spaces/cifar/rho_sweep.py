@@ -4,6 +4,7 @@ from tune_spaces.space import Space
 
 SPACE = Space(
     name="cifar/rho_sweep",
+    script="cifar10 rho_sweep",
     summary="forget sets of CIFAR-10 from one class (rho 0) to random rows (rho 1), seven methods",
     base={
         "dataset_name": "uoft-cs/cifar10",

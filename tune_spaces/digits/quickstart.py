@@ -25,4 +25,5 @@ SPACE = Space(
     # Stopped early on purpose: S, the sum of ||g_r|| ||g_f|| over blocks, shrinks as an original converges, and with it
     # every constraint ratio that a step can meet.
     original={"num_train_epochs": 6, "learning_rate": 1e-3, "target_test_accuracy": 0.9},
+    with_reference=True,
 )

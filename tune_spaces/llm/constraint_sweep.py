@@ -4,6 +4,7 @@ from tune_spaces.space import Space
 
 SPACE = Space(
     name="llm/constraint_sweep",
+    script="llm constraint_sweep",
     summary="forget 10 % of WaterDrum-TOFU with Llama-2-7b and LoRA: hamu-q and hamu-u over constraint ratios 0 to 0.9",
     base={
         "modality": "llm",

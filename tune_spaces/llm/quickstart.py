@@ -39,4 +39,5 @@ SPACE = Space(
         "eval_strategy": "no",
         "save_strategy": "no",
     },
+    with_reference=True,
 )
