@@ -21,7 +21,8 @@ TORCHVISION = "torchvision/"
 
 
 def check_plan(plan: Plan, *, asks_hub: bool = True) -> None:
-    """Refuse a plan whose model, dataset, column or class does not exist, or whose trials pair their gradients differently.
+    """Refuse a plan whose model, dataset, column or class does not exist, whose trials pair their gradients differently, or that
+    wants retain-only models where there can be none.
 
     No image is decoded, nothing is fetched. asks_hub: refuse a model of the hub that cannot be had, too.
 
@@ -29,6 +30,7 @@ def check_plan(plan: Plan, *, asks_hub: bool = True) -> None:
         HamuError: one line with the value, the rule and the mend.
     """
     pairing_of(plan)
+    check_references(plan)
     seen: set[tuple[object, ...]] = set()
     for config in plan.configs.values():
         data = config.data
@@ -43,6 +45,22 @@ def check_plan(plan: Plan, *, asks_hub: bool = True) -> None:
         check_model_name(config.run.model_name, modality_of(config).models)
         if asks_hub and is_on_hub(config):
             check_available(config.run.model_name, config.run.model_revision, MODEL)
+
+
+def check_references(plan: Plan) -> None:
+    """Refuse retain-only models beside originals that this program does not train: how to train them is not known, and training
+    on from a folder that has seen the forget rows would give no model that has not.
+
+    Raises:
+        ConfigError: as said.
+    """
+    for key in plan.references:
+        name = plan.reference(key).run.model_name
+        if is_local_path(name):
+            raise ConfigError(
+                f"model_name {name!r} is the original itself, so how to train a retain-only model to compare with is not known; "
+                "give --no-with-reference, or a model_name from which the sweep trains both"
+            )
 
 
 def missing_models(plan: Plan) -> list[str]:

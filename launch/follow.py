@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from launch.plan import Plan
 from launch.results import SweepFolder, has_ended, write_json
 from launch.shared import failed_row, identity
 from launch.signals import Signals
-from launch.trainable import overrides_of, state_of
+from launch.trainable import overrides_of, said_of, state_of
 
 MAX_FAILURES = 4
 """How often Tune starts a trial again whose slot has died. A trial that takes its own process down ends itself before that."""
 
 _SEEN_WITHIN_S = 10.0
+_POLL_EVERY_S = 3.0
 
 
 class Follow(tune.Callback):
@@ -32,10 +33,25 @@ class Follow(tune.Callback):
 
     A trial that a scheduler or a stopper ends gets a row here that says so, "pruned"; its slot, which looks for that row when it
     leaves the trial, puts the whole row and the model in its place. `to_complete` lists those that no slot was left for.
+
+    Args:
+        plan, folder, board, signals: of the sweep.
+        tell: called with the id and the row of each trial that has ended, once; the row has what retain-only models add.
+        poll: called every few seconds.
     """
 
-    def __init__(self, plan: Plan, folder: SweepFolder, board: Board, signals: Signals) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: SweepFolder,
+        board: Board,
+        signals: Signals,
+        *,
+        tell: Callable[[str, Mapping[str, Any]], None] | None = None,
+        poll: Callable[[], object] | None = None,
+    ) -> None:
         self._plan, self._folder, self._board, self._signals = plan, folder, board, signals
+        self._tell, self._poll, self._poll_after = tell, poll, 0.0
         self._trials = {trial.trial_id: trial for trial in plan.trials}
         self._started: dict[str, float] = {}
         self._told: set[str] = set()
@@ -47,6 +63,9 @@ class Follow(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Tune looks for news, several times a second."""
         self._signals.check()
+        if self._poll is not None and time.monotonic() >= self._poll_after:
+            self._poll()
+            self._poll_after = time.monotonic() + _POLL_EVERY_S
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A slot has taken the trial."""
@@ -55,11 +74,12 @@ class Follow(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """The trial has trained on."""
         if str(trial) not in self._told:
-            self._board.update(str(trial), result)
+            self._board.update(str(trial), said_of(result))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial has ended and written its row, or is stopped here."""
-        trial_id, last = str(trial), trial.last_result or {}
+        trial_id, last = str(trial), said_of(trial.last_result or {})
+        _forget_history(trial)
         path = self._row_path(trial_id)
         if "status" in last:  # the slot has written the row before it said so; a network file system may be late
             deadline = time.monotonic() + _SEEN_WITHIN_S
@@ -87,8 +107,7 @@ class Follow(tune.Callback):
 
         Each with `state` (a folder, or "" for the trial's own checkpoint) and the settings that a scheduler had changed.
         """
-        rows = self._folder.rows()
-        left = {trial_id: each for trial_id, each in self._stopped.items() if not has_ended(rows[trial_id])}
+        left = {trial_id: each for trial_id, each in self._stopped.items() if not has_ended(self._folder.row(trial_id))}
         return {
             trial_id: each
             for trial_id, each in left.items()
@@ -111,19 +130,34 @@ class Follow(tune.Callback):
         return self._folder.trial(trial_id) / "row.json"
 
     def _write(self, trial_id: str, row: Mapping[str, Any]) -> None:
-        path = self._row_path(trial_id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        times = {"started_at": self._started.get(trial_id, time.time()), "ended_at": time.time(), "train_s": 0.0}
-        write_json(path, {**times, **row})
+        write_row(self._folder, trial_id, row, started_at=self._started.get(trial_id))
 
     def _end(self, trial_id: str, otherwise: str) -> None:
-        path = self._row_path(trial_id)
-        if not path.exists():
+        if not self._row_path(trial_id).exists():
             self._write(trial_id, failed_row(self._plan, self._trials[trial_id], otherwise))
         if trial_id not in self._told:
             self._told.add(trial_id)
-            self._board.end(json.loads(path.read_text()))
-        self._folder.write_trials()
+            [row] = self._folder.compared_rows([trial_id])
+            self._board.end(row)
+            if self._tell is not None:
+                self._tell(trial_id, row)
+        self._folder.refresh_trials()
+
+
+def write_row(folder: SweepFolder, trial_id: str, row: Mapping[str, Any], *, started_at: float | None = None) -> None:
+    """Write the row of a trial that no slot could write; one without times ended now."""
+    path = folder.trial(trial_id) / "row.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    now = time.time()
+    write_json(path, {"started_at": started_at or now, "ended_at": now, "train_s": 0.0, **row})
+
+
+def _forget_history(trial: Any) -> None:
+    """Drop the averages that Tune keeps of all that an ended trial told it: of a thousand trials they are most of its memory."""
+    for name in ("metric_analysis", "metric_n_steps"):
+        kept = getattr(trial.run_metadata, name, None)
+        if isinstance(kept, dict):
+            kept.clear()
 
 
 def _last_words(trial: Any) -> str:

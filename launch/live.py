@@ -25,13 +25,16 @@ class Board:
     Args:
         plan: the trials.
         console: where to draw; a live table if it is a terminal.
-        n_ended: trials that had finished before (a resumed sweep).
+        n_ended: trials that had ended before (a resumed sweep).
+        n_trials: that will have ended in all; default: as many as the plan runs.
     """
 
-    def __init__(self, plan: Plan, console: Console, *, n_ended: int = 0) -> None:
+    def __init__(self, plan: Plan, console: Console, *, n_ended: int = 0, n_trials: int | None = None) -> None:
         self._console = console
-        self._n_trials, self._n_ended = len(plan.trials), n_ended
-        self._settings = {trial.trial_id: setting_words(trial, trial_columns(plan)) for trial in plan.trials}
+        self._n_trials, self._n_ended = plan.n_to_run if n_trials is None else n_trials, n_ended
+        columns = trial_columns(plan)
+        self._settings = {trial.trial_id: setting_words(trial, columns) for trial in plan.trials}
+        self._width = max(map(len, self._settings.values()))
         self._running: dict[str, Mapping[str, Any]] = {}
         self._last: list[Mapping[str, Any]] = []
         self._started = time.monotonic()
@@ -91,11 +94,10 @@ class Board:
 
     def _line(self, row: Mapping[str, Any]) -> str:
         width = len(str(self._n_trials))
-        width_settings = max(map(len, self._settings.values()))
         accuracies = " ".join(f"{split} {_percent(row.get(f'{split}_accuracy')):>5}%" for split in ("retain", "forget", "test"))
         seconds = row.get("train_s") or 0.0
         return (
-            f"[{self._n_ended:>{width}}/{self._n_trials}] {self._settings[row['trial_id']]:<{width_settings}}  {accuracies}  "
+            f"[{self._n_ended:>{width}}/{self._n_trials}] {self._settings[row['trial_id']]:<{self._width}}  {accuracies}  "
             f"{row.get('steps') or 0:>4} steps  {seconds:5.1f} s  {_end_of(row)}"
         )
 

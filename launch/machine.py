@@ -4,44 +4,62 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hamu.cli.ray_environment import usable_cores
 from hamu.errors import ConfigError
+from launch.gpus import VISIBLE, visible_gpus
 from launch.pairing import Pairing
+
+MEMORY_MARGIN = 1.25
+"""What a trial is given of a GPU's memory, over its estimate: what allocators leave unused."""
+
+CONTEXT_BYTES = int(0.6 * 2**30)
+"""What CUDA and its libraries take of a GPU in each process: an assumption, not a measurement, as drivers differ."""
+
+_RAY_STEPS = 10_000
+"""Ray counts resources in ten-thousandths."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Cores that this process may use, GPUs that it may see, and their names."""
+    """Cores that this process may use, GPUs that it may see, and their names.
+
+    gpu_memory_bytes: of the smallest of them; None: not known. gpu_ids: their names for `CUDA_VISIBLE_DEVICES`. has_mig: some are
+    parts of a GPU (MIG devices), which work alone only.
+    """
 
     cpus: int
     cpu_name: str
     memory_bytes: int
     gpus: int
     gpu_name: str | None = None
+    gpu_memory_bytes: int | None = None
+    gpu_ids: tuple[str, ...] = ()
+    has_mig: bool = False
 
     def describe(self) -> str:
         """In a few words, for a terminal."""
-        gpus = f", {self.gpus} x {self.gpu_name or 'GPU'}" if self.gpus else ", no GPU"
+        memory = f" ({self.gpu_memory_bytes / 2**30:.0f} GiB)" if self.gpu_memory_bytes else ""
+        gpus = f", {self.gpus} x {self.gpu_name or 'GPU'}{memory}" if self.gpus else ", no GPU"
         return f"{self.cpus} cores ({self.cpu_name}){gpus}, {self.memory_bytes / 2**30:.0f} GiB"
 
     def to_json(self) -> dict[str, Any]:
         """For summary.json."""
         return {
             "cpus": self.cpus, "cpu": self.cpu_name, "gpus": self.gpus, "gpu": self.gpu_name, "memory_bytes": self.memory_bytes,
+            "gpu_memory_bytes": self.gpu_memory_bytes, "gpu_ids": list(self.gpu_ids),
             "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
         }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slots:
-    """How many trials run at once, and what each may use. warning: what a user should know about it."""
+    """How many trials run at once, and what each may use. warning: what a user should know about it. most: as many at once as
+    make sense, or were asked for, whatever the machine holds."""
 
     count: int
     cpus_per_trial: int = 1
@@ -49,6 +67,7 @@ class Slots:
     workers_per_trial: int = 1
     backend: str = "gloo"
     warning: str | None = None
+    most: int | None = field(default=None, compare=False)
 
     @property
     def cpus_per_worker(self) -> int:
@@ -69,18 +88,29 @@ class Slots:
 
 def this_machine(environment: Mapping[str, str]) -> Machine:
     """Look at the machine; `CUDA_VISIBLE_DEVICES` of the environment is honoured."""
-    names = _gpu_names()
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and names:
-        wanted = [part.strip() for part in visible.split(",") if part.strip() and part.strip() != "-1"]
-        names = names[: len(wanted)]
+    gpus = visible_gpus(environment)
+    memory = [gpu.memory_bytes for gpu in gpus if gpu.memory_bytes is not None]
     return Machine(
         cpus=usable_cores(),
         cpu_name=_cpu_name(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        gpus=len(names),
-        gpu_name=names[0] if names else None,
+        gpus=len(gpus),
+        gpu_name=gpus[0].name if gpus else None,
+        gpu_memory_bytes=min(memory) if memory and len(memory) == len(gpus) else None,
+        gpu_ids=tuple(gpu.id for gpu in gpus),
+        has_mig=any(gpu.is_mig for gpu in gpus),
     )
+
+
+def gpu_environment(machine: Machine, environment: Mapping[str, str]) -> dict[str, str]:
+    """What to set before Ray starts, so that the processes that it hands its n-th GPU see that one.
+
+    Ray counts devices and looks them up in `CUDA_VISIBLE_DEVICES`, or takes their numbers where it is not set; MIG devices have
+    none, only UUIDs, and Ray does not strip blanks.
+    """
+    if machine.gpu_ids and (machine.has_mig or VISIBLE in environment):
+        return {VISIBLE: ",".join(machine.gpu_ids)}
+    return {}
 
 
 def choose_slots(
@@ -90,6 +120,7 @@ def choose_slots(
     max_concurrent: int | None = None,
     gpus: float | None = None,
     pairing: Pairing | None = None,
+    shares_gpus: bool = False,
 ) -> Slots:
     """One core a trial; where there are GPUs, one GPU a trial, or the share asked for; of a split trial that much a worker.
 
@@ -99,6 +130,7 @@ def choose_slots(
         max_concurrent: slots asked for; more than there are cores is allowed (they share), more than the GPUs hold is not.
         gpus: GPUs a trial: 0 (none), a share in (0, 1], or a whole number; of a split trial 0, or one a worker.
         pairing: of the trials; default: one process each.
+        shares_gpus: `fit_slots` will decide how many trials share a GPU, so that one a GPU is a beginning only.
 
     Raises:
         ConfigError: the machine cannot do what is asked.
@@ -110,19 +142,68 @@ def choose_slots(
     if pairing is not None and pairing.is_split:
         return _split_slots(machine, pairing, n_trials=n_trials, max_concurrent=max_concurrent, gpus=gpus)
     share = gpus if gpus is not None else (1.0 if machine.gpus else 0.0)
+    most = min(max_concurrent or n_trials, n_trials)
     if share == 0:
-        return Slots(count=max(1, min(max_concurrent or machine.cpus, n_trials)))
+        return Slots(count=max(1, min(max_concurrent or machine.cpus, n_trials)), most=most)
     # Trials on a share of a GPU must not straddle two of them.
     fitting = machine.gpus * int(1 / share + 1e-9) if share <= 1 else machine.gpus // int(share)
     if fitting < 1:
         raise ConfigError(f"--gpus {share:g}: this machine shows {machine.gpus} GPUs; give --gpus 0 to run on its cores")
-    if max_concurrent is not None and max_concurrent > fitting:
+    if max_concurrent is not None and max_concurrent > fitting and not shares_gpus:
         raise ConfigError(
             f"--max-concurrent {max_concurrent}: {machine.gpus} GPUs hold {fitting} trials of {share:g}; "
             f"give at most {fitting}, or a smaller --gpus"
         )
-    count = max(1, min(max_concurrent or fitting, n_trials))
-    return Slots(count=count, cpus_per_trial=max(1, machine.cpus // fitting), gpus_per_trial=share)
+    count = max(1, min(max_concurrent or fitting, n_trials, fitting))
+    return Slots(count=count, cpus_per_trial=max(1, machine.cpus // fitting), gpus_per_trial=share, most=most)
+
+
+def fit_slots(slots: Slots, machine: Machine, memory_bytes: int | None) -> Slots:
+    """Let as many trials share a GPU as its memory holds by estimate; no more than there are cores for.
+
+    Args:
+        slots: as `choose_slots` gave them, with a whole GPU a trial; where trials use no GPU they stay as they are.
+        machine: what there is.
+        memory_bytes: of the GPU, that a trial should need at most of its own (`MemoryEstimate.total`); None: not known.
+
+    Raises:
+        ConfigError: a trial is split over workers.
+    """
+    if slots.workers_per_trial > 1:
+        raise ConfigError(
+            f"--gpus-per-worker auto: each of the {slots.workers_per_trial} workers of a trial has a whole GPU; leave "
+            "it out, or use --set gradient_pairing=sequential"
+        )
+    if slots.gpus_per_trial == 0 or machine.gpus == 0:
+        return slots
+    if memory_bytes is None or machine.gpu_memory_bytes is None:
+        of = "a trial" if memory_bytes is None else "the GPU"
+        return replace(slots, warning=f"--gpus-per-worker auto: the memory of {of} is not known, so each trial has a whole GPU")
+    needed = int(MEMORY_MARGIN * memory_bytes) + CONTEXT_BYTES
+    by_memory = machine.gpu_memory_bytes // needed
+    n_per_gpu = max(1, min(by_memory, machine.cpus // machine.gpus))
+    warning = slots.warning
+    if by_memory < 1:
+        warning = (
+            f"a trial may need {needed / 2**30:.1f} GiB of a GPU's {machine.gpu_memory_bytes / 2**30:.1f} GiB, by estimate; give "
+            "a smaller batch_size with more gradient_accumulation_steps if it fails"
+        )
+    fitting = n_per_gpu * machine.gpus
+    return replace(
+        slots,
+        count=max(1, min(fitting, slots.most or fitting)),
+        cpus_per_trial=max(1, machine.cpus // fitting),
+        gpus_per_trial=1.0 if n_per_gpu == 1 else _RAY_STEPS // n_per_gpu / _RAY_STEPS,
+        warning=warning,
+    )
+
+
+def memory_cap(slots: Slots, machine: Machine) -> float | None:
+    """Share of a GPU's memory that the allocator of a trial's process may take; None: no cap, as it has the GPU to itself."""
+    if not 0 < slots.gpus_per_worker < 1 or slots.workers_per_trial > 1:
+        return None
+    context = CONTEXT_BYTES / machine.gpu_memory_bytes if machine.gpu_memory_bytes else 0.0
+    return max(slots.gpus_per_worker - context, slots.gpus_per_worker / 2)
 
 
 def _split_slots(machine: Machine, pairing: Pairing, *, n_trials: int, max_concurrent: int | None, gpus: float | None) -> Slots:
@@ -133,6 +214,11 @@ def _split_slots(machine: Machine, pairing: Pairing, *, n_trials: int, max_concu
             f"--gpus out, or give --gpus 0 to run on cores, or --set gradient_pairing=sequential for shares of a GPU"
         )
     on_gpus = bool(gpus or (machine.gpus and gpus is None))
+    if on_gpus and machine.has_mig:
+        raise ConfigError(
+            f"num_workers {n_workers}: the GPUs here are cut into MIG devices, which cannot work together; use "
+            "--set gradient_pairing=sequential, or --gpus 0 to run on the cores"
+        )
     backend = pairing.backend or ("nccl" if on_gpus else "gloo")
     if backend == "nccl" and machine.gpus * on_gpus < n_workers:
         shown = machine.gpus if on_gpus else 0
@@ -159,6 +245,7 @@ def _split_slots(machine: Machine, pairing: Pairing, *, n_trials: int, max_concu
         workers_per_trial=n_workers,
         backend=backend,
         warning=warning,
+        most=min(max_concurrent or n_trials, n_trials),
     )
 
 
@@ -170,14 +257,3 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _gpu_names() -> list[str]:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    try:
-        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.split(":", 1)[1].split("(UUID")[0].strip() for line in listed.splitlines() if line.startswith("GPU ")]

@@ -2,6 +2,9 @@
 
 sweep.json                what is to run, written before anything starts
 originals.json            hashes of the weights that the trials start from
+references.json           the retain-only models that trials are compared with, and their metrics
+probe.json                what the first pairs of gradients allow, where that was asked for
+search.json               why a search proposes no more trials, once it does not
 trials/<id>/row.json      the trial has ended; there iff it did
 trials/<id>/checkpoint.pt where an unfinished trial goes on from
 trials/<id>/attempts.json how often it was begun, and what became of that
@@ -17,8 +20,9 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -29,10 +33,16 @@ from hamu.training.records import TRIAL_SCHEMA, replacing, write_trials
 from launch.plan import Plan
 
 PLAN = "sweep.json"
+_WRITE_EVERY_S = 3.0
+_WRITE_SHARE = 0.02  # of the time, at most, goes into trials.parquet while trials run
+
+_READ_ATTEMPTS = 100
+
+_Stamp = tuple[int, int, int]
 
 
 class SweepFolder:
-    """One sweep's results folder.
+    """One sweep's results folder. What it has read is kept: a file is read again when it has changed.
 
     Args:
         path: `<root>/results/<task>/<sweep>`; made by `start`, not before.
@@ -45,8 +55,14 @@ class SweepFolder:
         self.trials = self.path / "trials"
         self.trials_parquet = self.path / "trials.parquet"
         self.originals = self.path / "originals.json"
+        self.references_path = self.path / "references.json"
+        self.search_path = self.path / "search.json"
+        self.probe_path = self.path / "probe.json"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
+        self._read: dict[Path, tuple[_Stamp, dict[str, Any]]] = {}
+        self._keys: dict[str, str | None] | None = None
+        self._write_after = 0.0
 
     def start(self, plan: Plan) -> None:
         """Make the folder and write the plan; call it while holding the lease."""
@@ -72,25 +88,88 @@ class SweepFolder:
         return self.trials / trial_id
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Rows of the trials that ended (finished or failed), by id, in the order of their ids."""
-        found = {}
-        for path in sorted(self.trials.glob("*/row.json")):
-            try:
-                found[path.parent.name] = json.loads(path.read_text())
-            except FileNotFoundError:
-                continue  # a resumed trial has just taken it away
-        return found
+        """Rows of the trials that ended (finished, failed, pruned or dropped), by id, in the order of their ids.
+
+        They are kept here, so do not change them.
+        """
+        try:
+            with os.scandir(self.trials) as entries:
+                ids = sorted(entry.name for entry in entries)
+        except FileNotFoundError:
+            return {}
+        return {trial_id: row for trial_id in ids if (row := self.row(trial_id))}
+
+    def row(self, trial_id: str) -> dict[str, Any]:
+        """A trial's row, empty until it has ended; kept here, so do not change it."""
+        return self._json(self.trials / trial_id / "row.json")
+
+    def references(self) -> dict[str, dict[str, Any]]:
+        """The retain-only models that are known: key -> {"path", "result"}, or {"error"} where there is none."""
+        return self._json(self.references_path)
+
+    def search_ended(self) -> str | None:
+        """Why a search proposed no more trials, in words; None where none did, or it had not ended."""
+        return self._json(self.search_path).get("ended")
+
+    def compared_rows(self, trial_ids: Iterable[str] | None = None) -> list[dict[str, Any]]:
+        """Rows with what their retain-only models add: `forget_closeness`, and `retrained_<metric>` columns.
+
+        Args:
+            trial_ids: those wanted; default: of all trials that ended, in the order of their ids.
+        """
+        rows = list(self.rows().values()) if trial_ids is None else [row for each in trial_ids if (row := self.row(each))]
+        references = self.references()
+        if not references:
+            return rows
+        from hamu.reports.closeness import with_references
+
+        keys = self._reference_keys()
+        return with_references(
+            [{**row, "reference": row.get("reference") or keys.get(row["trial_id"])} for row in rows], references
+        )
 
     def unfinished(self, plan: Plan) -> list[str]:
-        """Ids of the trials that have still to run: all but those that finished or were pruned. A failed one is tried again."""
+        """Ids of the trials that have still to run: all but those that ended for good. A failed one is tried again."""
         rows = self.rows()
         return [trial.trial_id for trial in plan.trials if not has_ended(rows.get(trial.trial_id, {}))]
 
     def write_trials(self) -> list[dict[str, Any]]:
-        """Refresh trials.parquet from the trials' rows, and return those, in the columns of TRIAL_SCHEMA."""
-        rows = [{key: row.get(key) for key in TRIAL_SCHEMA.names} for row in self.rows().values()]
+        """Write trials.parquet from the trials' rows, and return those, in the columns of TRIAL_SCHEMA."""
+        started = time.monotonic()
+        rows = [{key: row.get(key) for key in TRIAL_SCHEMA.names} for row in self.compared_rows()]
         write_trials(self.trials_parquet, rows)
+        ended = time.monotonic()
+        self._write_after = ended + max(_WRITE_EVERY_S, (ended - started) / _WRITE_SHARE)
         return rows
+
+    def refresh_trials(self) -> None:
+        """Write trials.parquet, unless that was done a few seconds ago; for whoever looks while trials run."""
+        if time.monotonic() >= self._write_after:
+            self.write_trials()
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        """The content of a file of ours that is replaced whole; empty where there is none."""
+        for _ in range(_READ_ATTEMPTS):
+            try:
+                stamp = _stamp(path)
+                known = self._read.get(path)
+                if known is not None and known[0] == stamp:
+                    return known[1]
+                value = json.loads(path.read_text(), object_pairs_hook=_interned)
+                if _stamp(path) == stamp:
+                    self._read[path] = (stamp, value)
+                    return value
+            except (FileNotFoundError, NotADirectoryError):
+                break  # a resumed trial has just taken it away
+        self._read.pop(path, None)
+        return {}
+
+    def _reference_keys(self) -> dict[str, str | None]:
+        """Which retain-only model a trial is compared with, as the plan says."""
+        if self._keys is None:
+            trials = json.loads(self.plan_path.read_text())["trials"]
+            self._keys = {trial["trial_id"]: trial.get("reference") for trial in trials}
+        return self._keys
 
     @contextmanager
     def lease(self) -> Iterator[None]:
@@ -117,9 +196,10 @@ class SweepFolder:
 def has_ended(row: Mapping[str, Any]) -> bool:
     """Whether a trial's row says that it need not run again.
 
-    A pruned trial has ended when its model is kept; until then its row only says that a scheduler has stopped it.
+    A pruned trial has ended when its model is kept; until then its row only says that a scheduler has stopped it. A dropped one
+    was found infeasible before it ran.
     """
-    return row.get("status") == "finished" or (row.get("status") == "pruned" and bool(row.get("model_path")))
+    return row.get("status") in ("finished", "dropped") or (row.get("status") == "pruned" and bool(row.get("model_path")))
 
 
 @contextmanager
@@ -192,6 +272,17 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON at once; numbers that JSON lacks (nan, infinity) become null."""
     with replacing(path) as temporary:
         temporary.write_text(json_text(value, indent=1) + "\n")
+
+
+def _interned(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict whose keys are shared with all others: a thousand rows have the same hundred."""
+    return {sys.intern(key): value for key, value in pairs}
+
+
+def _stamp(path: Path) -> _Stamp:
+    """What a file that is replaced whole has another of."""
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _owner(file: IO[str]) -> str:

@@ -20,20 +20,24 @@ class Original:
     """A model that trials start from: its folder, and its weights as numpy arrays that may be read-only.
 
     result: its metrics, where its record has them. hardness: S, the largest feasible constraint ratio and kappa for the
-    first HAMU trial that starts from it, where there is one.
+    first HAMU trial that starts from it, where there is one. memory_bytes: what a trial that starts from it should need at most,
+    of its own, where that was asked for.
     """
 
     path: str
     arrays: Mapping[str, np.ndarray]
     result: Mapping[str, Any] = field(default_factory=dict)
     hardness: Mapping[str, float] = field(default_factory=dict)
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
     """What every slot of a sweep is given. `data` and `originals` hold whatever the slot's `fetch` turns into the object.
 
-    run_id: of this run of the sweep. workers: the processes of a slot; None: one, in which Tune runs the trial.
+    run_id: of this run of the sweep. workers: the processes of a slot; None: one, in which Tune runs the trial. gpu_share: of a
+    GPU's memory that the slot's process may take; None: no cap. retain_references: folders of the retain-only models that are
+    ready, by `PlannedTrial.reference`.
     """
 
     plan: Plan
@@ -44,6 +48,8 @@ class Shared:
     n_threads: int = 1
     run_id: str = ""
     workers: WorkerSettings | None = None
+    gpu_share: float | None = None
+    retain_references: Mapping[str, str] = field(default_factory=dict)
 
 
 def identity(plan: Plan, trial: PlannedTrial, config: TrainConfig | None = None) -> dict[str, Any]:

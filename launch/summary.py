@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hamu.reports.cost import cost_of, cost_text
 from hamu.reports.page import write_results
 from hamu.reports.summary import summarise
 from hamu.reports.tables import front_text
@@ -18,7 +20,11 @@ from launch.results import SweepFolder, write_json
 def write_summary(plan: Plan, folder: SweepFolder, *, slots: Slots, machine: Machine) -> dict[str, Any]:
     """Write trials.parquet, summary.json, pareto.png and report.html from the trials' rows, and return the summary."""
     rows = folder.write_trials()
-    summary = summarise(rows, name=plan.name, space=plan.space, task=plan.task, slots=slots.count, hardware=machine.to_json())
+    cost = cost_of(rows, n_slots=slots.count, cpus_per_trial=slots.cpus_per_trial, gpus_per_trial=slots.gpus_per_trial)
+    summary = summarise(
+        rows, name=plan.name, space=plan.space, task=plan.task, slots=slots.count, hardware=machine.to_json(), cost=cost
+    )
+    summary |= {"search": dataclasses.asdict(plan.search) | {"n_pool": len(plan.trials), "ended": folder.search_ended()}}
     summary |= {"warm_start_s": warm_starts(list(folder.rows().values())), "versions": dict(plan.versions)}
     write_json(folder.summary, summary)
     write_results(folder.path, summary=summary)
@@ -41,22 +47,30 @@ def warm_starts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def summary_text(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], report: Path) -> str:
     """What the terminal shows at the end: the front, what the hardness allowed, the times, the path."""
-    trials = summary["trials"]
-    lines = [
-        f"Pareto front: {len(summary['pareto'])} of {trials['total']} trials (* the setting to use)",
+    trials, dropped = summary["trials"], summary["dropped"]
+    lines = (
+        []
+        if summary["timing"]
+        else [f"Pareto front: {len(summary['pareto'])} of {trials['total']} trials (* the setting to use)"]
+    )
+    if summary["hypervolume"] is not None:
+        lines.append(f"hypervolume {summary['hypervolume']:.4g} in the {summary['view']} view")
+    lines += [
         front_text(rows),
         "",
         f"{trials['finished']} finished ({trials['early_stopped']} of them early), "
         + (f"{trials['pruned']} pruned, " if trials["pruned"] else "")
+        + (f"{dropped} dropped as infeasible, " if dropped else "")
         + f"{trials['failed']} failed; "
         f"{summary['infeasible']} stopped infeasible, {summary['infeasible_at_start']} of them without a step",
     ]
+    if summary["search"]["ended"] is not None:
+        lines.append(f"search: {summary['search']['ended']}")
     if summary["gradient_product"] is not None:
         lines.append(
             f"S {summary['gradient_product']:.3g}, largest feasible constraint ratio {summary['max_constraint_ratio']:.3g} "
             "(medians at the first step)"
         )
-    if summary["wall_s"] is not None:
-        lines.append(f"{summary['wall_s']:.1f} s for {summary['train_s']:.1f} s of training in {summary['slots']} slots")
+    lines.append(cost_text(summary["cost"]))
     lines += [f"failed: {row['trial_id']}: {row['error']}" for row in rows if row["status"] == "failed"]
     return "\n".join([*lines, f"report: {report}"])

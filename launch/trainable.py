@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from hamu.training.stop import StopReason
 from launch.results import SweepFolder
 from launch.shared import Shared
 from launch.states import next_folder
+from tune_spaces.schedulers import TIME, balance
+from tune_spaces.search import BALANCE
 
 if TYPE_CHECKING:
     from hamu.training.groups import Group
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 POINTER = "state.json"
 """In a checkpoint of Tune's: where the trial's state is. Tune's own folders are of one node, a worker may run on another."""
 
-_TRIAL_ID, _STATE = "trial_id", "state"
+_TRIAL_ID, _STATE, _SAID = "trial_id", "state", "said"
 
 
 def trial_config(trial_id: str, settings: Mapping[str, Any], *, is_stopped: bool = False) -> dict[str, Any]:
@@ -50,6 +52,11 @@ def state_of(checkpoint: str | Path) -> str:
     return json.loads((Path(checkpoint) / POINTER).read_text())["state"]
 
 
+def said_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers and short texts of a trial in what Tune was told of it last."""
+    return json.loads(result.get(_SAID, "{}"))
+
+
 def make_slot(shared: Shared, group: Group | None = None) -> Slot:
     """The slot of one worker of a group, or of a process that trains alone."""
     from launch.slot import Slot
@@ -64,19 +71,27 @@ class UnlearningTrial(tune.Trainable):
     has copied another trial's configuration the id is that trial's, so the trial is known by its name.
     """
 
-    def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
-        """Start the process's slot; `shared` comes through `tune.with_parameters`."""
+    make_slot = staticmethod(make_slot)
+    """Makes what runs the trials; in workers, once in each."""
+
+    def setup(self, config: dict[str, Any], shared: Shared | None = None, told: Sequence[str] = ()) -> None:
+        """Start the process's slot; what is shared comes through `tune.with_parameters`.
+
+        told: metrics that a scheduler or a stopper goes by. Tune keeps a history of each that it is told, so the others go to it
+        in one text, which `said_of` reads.
+        """
         assert shared is not None, "a trial needs what its sweep shares"
+        self._told = (TIME, "status", "stop_reason", *told)
         self._folder = SweepFolder(Path(shared.folder))
         self._workers: Workers | None = None
         self._load_from: str | None = None
         self._has_begun = self._has_told_end = False
         self._expect(config, time.time())
         if shared.workers is None:
-            self._slot = make_slot(shared)  # torch comes in here, and counts as the first trial's set-up
+            self._slot = self.make_slot(shared)  # torch comes in here, and counts as the first trial's set-up
         else:
             name = f"slot-{os.getpid()}"
-            make = functools.partial(make_slot, shared)
+            make = functools.partial(self.make_slot, shared)
             self._workers = Workers(make, shared.workers, folder=Path(self.logdir).parent / "workers", name=name)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -97,10 +112,15 @@ class UnlearningTrial(tune.Trainable):
         # Workers that took up a trial again have no evaluation to tell of yet; a scheduler goes by the last one.
         self._said |= metrics
         metrics = dict(self._said)
-        if metrics.pop("ended"):
-            metrics["done"] = self._has_told_end or metrics["stop_reason"] != StopReason.CRITERION.value
+        if (score := balance(metrics)) is not None:
+            metrics[BALANCE] = score
+        has_ended = metrics.pop("ended")
+        result: dict[str, Any] = {name: metrics[name] for name in self._told if name in metrics}
+        result[_SAID] = json.dumps(metrics)
+        if has_ended:
+            result["done"] = self._has_told_end or metrics["stop_reason"] != StopReason.CRITERION.value
             self._has_told_end = True
-        return metrics
+        return result
 
     def cleanup(self) -> None:
         """Leave the trial at hand, and let the workers go."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hamu.errors import ConfigError
-from launch.machine import Machine, Slots, choose_slots, this_machine
+from launch.machine import CONTEXT_BYTES, Machine, Slots, choose_slots, fit_slots, memory_cap, this_machine
 from launch.pairing import Pairing
 
 
@@ -99,3 +99,65 @@ def test_workers_share_cores_where_there_are_too_few_and_that_is_said() -> None:
 def test_what_split_trials_cannot_have_is_refused(gpus: int, asked: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         choose_slots(machine(gpus=gpus), n_trials=100, pairing=SPLIT, **asked)
+
+
+GIB = 2**30
+
+
+def gpu_machine(cpus: int = 16, gpus: int = 1, gib: float = 80) -> Machine:
+    return Machine(cpus=cpus, cpu_name="a core", memory_bytes=2**38, gpus=gpus, gpu_memory_bytes=int(gib * GIB))
+
+
+@pytest.mark.parametrize(
+    ("machine", "gib_a_trial", "per_gpu"),
+    [
+        (gpu_machine(gib=80), 10, 6),  # 10 * 1.25 + 0.6 = 13.1; 80 / 13.1 = 6.1
+        (gpu_machine(gib=80), 0.001, 16),  # no more than cores
+        (gpu_machine(cpus=4, gpus=2, gib=80), 0.001, 2),
+        (gpu_machine(gib=80), 60, 1),
+        (gpu_machine(gib=80), 200, 1),
+    ],
+)
+def test_as_many_trials_share_a_gpu_as_its_memory_and_the_cores_hold(machine: Machine, gib_a_trial: float, per_gpu: int) -> None:
+    whole = choose_slots(machine, n_trials=100, shares_gpus=True)
+    slots = fit_slots(whole, machine, int(gib_a_trial * GIB))
+    assert slots.count == per_gpu * machine.gpus
+    assert slots.cpus_per_trial == machine.cpus // slots.count
+    # Ray gives out ten-thousandths: as many trials as planned fit on a GPU, and not one more.
+    steps = round(slots.gpus_per_trial * 10_000)
+    assert 10_000 // steps == per_gpu
+    assert (slots.warning is not None) == (gib_a_trial > 79)
+
+
+def test_as_many_at_once_as_asked_for_and_as_there_are_trials() -> None:
+    machine = gpu_machine()
+    few = choose_slots(machine, n_trials=3, shares_gpus=True)
+    assert fit_slots(few, machine, GIB).count == 3
+    asked = choose_slots(machine, n_trials=100, max_concurrent=5, shares_gpus=True)
+    assert fit_slots(asked, machine, GIB).count == 5
+    assert fit_slots(asked, machine, 50 * GIB).count == 1
+
+
+def test_without_a_gpu_or_its_memory_slots_stay_as_they_are() -> None:
+    on_cores = choose_slots(machine(4), n_trials=9)
+    assert fit_slots(on_cores, machine(4), GIB) == on_cores
+    unknown = machine(4, gpus=2)
+    fitted = fit_slots(choose_slots(unknown, n_trials=9), unknown, GIB)
+    assert (fitted.count, fitted.gpus_per_trial) == (2, 1.0)
+    assert fitted.warning is not None and "the memory of the GPU is not known" in fitted.warning
+
+
+def test_a_split_pair_never_gets_a_share_of_a_gpu() -> None:
+    here = gpu_machine(gpus=2)
+    with pytest.raises(ConfigError, match="each of the 2 workers of a trial has a whole GPU; leave it out, or use --set"):
+        fit_slots(choose_slots(here, n_trials=4, pairing=SPLIT), here, GIB)
+
+
+def test_processes_that_share_a_gpu_are_capped_below_their_share_and_others_are_not() -> None:
+    here = gpu_machine(gib=10)
+    slots = choose_slots(here, n_trials=9, gpus=0.25)
+    cap = memory_cap(slots, here)
+    assert cap is not None and cap * 10 * GIB + CONTEXT_BYTES == pytest.approx(0.25 * 10 * GIB)
+    assert memory_cap(choose_slots(here, n_trials=9), here) is None
+    assert memory_cap(choose_slots(here, n_trials=9, gpus=0), here) is None
+    assert memory_cap(choose_slots(gpu_machine(gpus=2), n_trials=9, pairing=SPLIT), here) is None

@@ -133,3 +133,51 @@ def test_a_trial_waits_for_the_process_that_still_writes_it(tmp_path: Path) -> N
 def test_json_has_null_for_numbers_that_it_lacks(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"nan": float("nan"), "inf": [float("inf"), 1.5], "path": tmp_path, "none": None})
     assert json.loads((tmp_path / "a.json").read_text()) == {"nan": None, "inf": [None, 1.5], "path": str(tmp_path), "none": None}
+
+
+def test_a_row_that_is_replaced_is_read_anew_and_any_other_is_not(tmp_path: Path) -> None:
+    plan, folder = started(tmp_path)
+    end_trial(plan, folder, 0, "pruned")
+    end_trial(plan, folder, 1, "finished")
+    first, second = (trial.trial_id for trial in plan.trials[:2])
+    before = dict(folder.rows())
+    write_json(folder.trial(first) / "row.json", {**before[first], "model_path": "there"})
+    after = folder.rows()
+    assert after[first]["model_path"] == "there"
+    assert after[second] is before[second]
+    (folder.trial(second) / "row.json").unlink()
+    assert list(folder.rows()) == [first]
+
+
+def test_a_dropped_trial_has_ended_and_a_stopped_one_without_a_model_has_not(tmp_path: Path) -> None:
+    plan, folder = started(tmp_path)
+    for index, status in enumerate(("dropped", "pruned", "failed")):
+        end_trial(plan, folder, index, status)
+    assert folder.unfinished(plan) == [trial.trial_id for trial in plan.trials[1:]]
+
+
+def test_trials_are_compared_with_their_retain_only_models_once_these_are_there(tmp_path: Path) -> None:
+    plan = make_plan(load_space("digits/quickstart"), name="mine", overrides={}, root=tmp_path, with_reference=True)
+    folder = SweepFolder(tmp_path / "mine")
+    folder.start(plan)
+    trial = plan.trials[0]
+    own = {"forget_loss": 2.0, "forget_accuracy": 0.5, "original_forget_loss": 0.0, "original_forget_accuracy": 1.0}
+    folder.trial(trial.trial_id).mkdir()
+    write_json(folder.trial(trial.trial_id) / "row.json", {**failed_row(plan, trial, "x"), "status": "finished", **own})
+    assert folder.write_trials()[0]["forget_closeness"] is None
+    result = {"forget_loss": 4.0, "forget_accuracy": 0.0}
+    write_json(folder.references_path, {trial.reference: {"path": "there", "result": result}})
+    assert folder.write_trials()[0]["forget_closeness"] == pytest.approx(0.5)  # half of the way in both
+    assert read_trials(folder.trials_parquet)[0]["forget_closeness"] == pytest.approx(0.5)
+    assert folder.compared_rows([trial.trial_id])[0]["retrained_forget_loss"] == 4.0
+    assert "retrained_forget_loss" not in folder.rows()[trial.trial_id]
+
+
+def test_trials_parquet_is_not_written_at_every_ended_trial(tmp_path: Path) -> None:
+    plan, folder = started(tmp_path)
+    end_trial(plan, folder, 0, "finished")
+    folder.refresh_trials()
+    end_trial(plan, folder, 1, "finished")
+    folder.refresh_trials()
+    assert len(read_trials(folder.trials_parquet)) == 1
+    assert len(folder.write_trials()) == len(read_trials(folder.trials_parquet)) == 2

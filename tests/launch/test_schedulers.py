@@ -13,7 +13,7 @@ from hamu.training.ray_workers import WorkerSettings
 from launch.follow import Follow
 from launch.live import Board
 from launch.machine import Slots
-from launch.runner import run_on_tune
+from launch.on_tune import run_on_tune
 from launch.shared import Original
 from launch.signals import Signals
 from launch.summary import warm_starts
@@ -94,7 +94,7 @@ def test_trials_that_a_scheduler_or_a_stopper_ends_are_pruned_with_their_models(
     assert waits["max"] < 0.3, waits
 
 
-@pytest.mark.parametrize("pairing", ["sequential", "split"])
+@pytest.mark.parametrize("pairing", [pytest.param("sequential", marks=pytest.mark.soak), "split"])
 def test_population_based_training_hands_states_on(ray_cluster: Any, request: pytest.FixtureRequest, pairing: str) -> None:
     from ray.tune.schedulers import PopulationBasedTraining
 

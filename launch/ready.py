@@ -1,0 +1,126 @@
+"""What trials need before the first one can begin: the rows, a Ray, the models that they start from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+
+from hamu.cli.ray_environment import ray_folder, token_hint
+from hamu.hub import MODEL, fetch_model, is_cached, offline_environment
+from hamu.tasks.catalog import modality_of
+from hamu.training.config import TrainConfig
+from hamu.training.ray_workers import local_ray
+from launch.checks import check_forget_sets, is_on_hub
+from launch.machine import Machine, Slots, gpu_environment
+from launch.originals import Provided, provide_models
+from launch.plan import Plan
+from launch.probe import N_PAIRS, Probe, probe_plan
+from launch.results import SweepFolder
+from launch.scheduling import Schedule, schedule_of
+from launch.signals import Signals
+from launch.words import Words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """Of a sweep: how many trials at once, on what; where progress is told; what has been sent to the process."""
+
+    slots: Slots
+    machine: Machine
+    words: Words
+    signals: Signals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """What trials need, on the Ray that this process has joined. data: references to the rows, by data_key."""
+
+    plan: Plan
+    data: Mapping[str, Any]
+    provided: Provided
+    schedule: Schedule
+
+    def probe(self, todo: Sequence[str], around: Surroundings, n_pairs: int | None) -> Probe:
+        """Measure what the first pairs of gradients of the trials allow, and say it. n_pairs: None: as many as is usual."""
+        probe = probe_plan(
+            self.plan, todo, self.provided, self.data, n_pairs=n_pairs or N_PAIRS, slots=around.slots, machine=around.machine,
+            words=around.words, signals=around.signals,
+        )  # fmt: skip
+        around.words.say(probe.text())
+        return probe
+
+
+@contextlib.contextmanager
+def ready_on_ray(
+    plan: Plan,
+    todo: Sequence[str],
+    folder: SweepFolder,
+    around: Surroundings,
+    *,
+    dashboard: bool,
+    wants_memory: bool = False,
+) -> Iterator[Ready]:
+    """Load the data, start a Ray of this process's own, and provide the models that trials start from.
+
+    Args:
+        plan, todo: the trials, and ids of those that may run.
+        folder: where the hashes of the originals and what is known of retain-only models are kept.
+        around: of the sweep.
+        dashboard: start Ray's.
+        wants_memory: measure what a trial should need of a GPU's memory.
+
+    Raises:
+        HamuError: the data cannot be had, or the trials do not suit the scheduler.
+        Interrupted: a signal came.
+    """
+    words, signals, slots = around.words, around.signals, around.slots
+    plan = replace(plan, root=plan.root.resolve())  # workers have a working directory of their own
+    signals.check()
+    data = {key: modality_of(config).load_data(config) for key, config in plan.datasets().items()}
+    check_forget_sets(plan, data)
+    schedule = schedule_of(plan, data)
+    bring_models(plan.configs.values(), words)
+    sizes = {key: item.n_bytes for key, item in data.items()}
+    started = time.monotonic()
+    with contextlib.ExitStack() as session:
+        os.environ.update(gpu_environment(around.machine, os.environ))
+        with words.busy("starting Ray"):
+            ray_of_our_own = local_ray(
+                cpus=max(around.machine.cpus, slots.count * slots.cpus_per_trial),
+                gpus=around.machine.gpus,
+                shared_bytes=sum(sizes.values()),
+                dashboard=dashboard,
+                folder=session.enter_context(ray_folder()),
+            )
+            address = session.enter_context(ray_of_our_own)
+            signals.install()  # Ray has taken SIGTERM
+            signals.check()
+        board_at = f", dashboard at {address}{token_hint()}" if address else ""
+        words.say(f"Ray started in {time.monotonic() - started:.1f} s{board_at}")
+        references = {key: ray.put(item) for key, item in data.items()}
+        provided = provide_models(
+            plan, todo, references, sizes, slots=slots, machine=around.machine, words=words, signals=signals, folder=folder,
+            wants_memory=wants_memory,
+        )  # fmt: skip
+        yield Ready(plan=plan, data=references, provided=provided, schedule=schedule)
+
+
+def bring_models(configs: Iterable[TrainConfig], words: Words) -> None:
+    """Fetch the models of the hub that are not in the cache; the processes that Ray starts then use the cache alone.
+
+    Raises:
+        CheckpointError: one cannot be had.
+    """
+    on_hub = {(config.run.model_name, config.run.model_revision) for config in configs if is_on_hub(config)}
+    for name, revision in on_hub:
+        if not is_cached(name, revision, MODEL):
+            with words.busy(f"fetching {name}"):
+                fetch_model(name, revision)
+    if on_hub:
+        os.environ.update(offline_environment())
