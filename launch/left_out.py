@@ -30,11 +30,12 @@ def without_failed(plan: Plan, todo: Sequence[str], folder: SweepFolder, failed:
 def without_dropped(plan: Plan, todo: Sequence[str], folder: SweepFolder, dropped: Mapping[str, str], words: Words) -> list[str]:
     """Give the trials that a probe found feasible; the others are dropped for good.
 
-    Args: as of `without_failed`; dropped: why, by trial id. words: names each trial.
+    Args: as of `without_failed`; dropped: why, by trial id. words: is told how many; what was measured has named them.
     """
     trials = {trial.trial_id: trial for trial in plan.trials}
-    for trial_id in filter(dropped.__contains__, todo):
-        words.say(f"dropped {trial_id}: {dropped[trial_id]}")
+    if out := list(filter(dropped.__contains__, todo)):
+        words.say(f"dropped, and not run: {', '.join(out)}")
+    for trial_id in out:
         own = {"status": "dropped", "message": dropped[trial_id], "steps": 0, "config": json.dumps(dict(trials[trial_id].config))}
         # It never ran, so it has no times.
         write_row(folder, trial_id, {**identity(plan, trials[trial_id]), **own, "started_at": None, "ended_at": None})

@@ -191,14 +191,17 @@ def measure(
 def saved_text(probe: Probe, rows: Sequence[Mapping[str, Any]]) -> str:
     """What dropping trials has saved, in one line: what measuring took, and what they would have cost by the trials that ran.
 
-    A trial that ends at its first step costs its set-up, one evaluation, and a step. rows: of the sweep's trials. Empty where
-    none was dropped.
+    A trial that ends at its first step costs its set-up in a slot that is warm, one evaluation, and a step. rows: of the sweep's
+    trials. Empty where none was dropped.
     """
     n = len(probe.dropped)
     if not n:
         return ""
     said = f"{n} trial{'s' * (n > 1)} dropped before {'they' if n > 1 else 'it'} ran; measuring took {probe.seconds:.1f} s"
-    costs = [cost for row in rows if (cost := _cost_of_first_step(row)) is not None]
+    known = [row for row in rows if row.get("started_at") is not None]
+    first_of_slot = {row.get("slot"): row for row in sorted(known, key=lambda row: -row["started_at"])}
+    cold = {row["trial_id"] for row in first_of_slot.values()}
+    costs = [cost for row in known if (cost := _cost_of_first_step(row, is_cold=row["trial_id"] in cold)) is not None]
     if not costs:
         return f"{said}; no trial ran that would tell what was saved"
     each = statistics.median(costs)
@@ -208,14 +211,17 @@ def saved_text(probe: Probe, rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _cost_of_first_step(row: Mapping[str, Any]) -> float | None:
-    """Seconds that a trial would have taken had it ended at its first step; None where its row does not tell."""
+def _cost_of_first_step(row: Mapping[str, Any], *, is_cold: bool) -> float | None:
+    """Seconds that a trial would have taken had it ended at its first step; None where its row does not tell.
+
+    is_cold: its set-up was that of its process too, which does not count.
+    """
     setup, train = row.get("setup_s"), row.get("train_s")
     if row.get("status") not in ("finished", "pruned") or setup is None or train is None:
         return None
     in_steps, steps = row.get("steps_s") or 0.0, row.get("steps") or 0
     n_evaluations = 1 if steps == 0 else max(2.0, 1 + (row.get("epochs") or 0))  # before, and after each epoch or at the end
-    return float(setup + max(0.0, train - in_steps) / n_evaluations + in_steps / max(1, steps))
+    return float((0.0 if is_cold else setup) + max(0.0, train - in_steps) / n_evaluations + in_steps / max(1, steps))
 
 
 def _dropped(groups: Sequence[ProbedGroup]) -> dict[str, str]:

@@ -149,7 +149,7 @@ def _run_trials(
     ready: Ready, todo: Sequence[str], folder: SweepFolder, around: Surroundings, *, stopper: tune.Stopper | None
 ) -> None:
     """Run those of the trials that the search chooses."""
-    plan, provided, slots, words = ready.plan, ready.provided, around.slots, around.words
+    plan, provided, slots = ready.plan, ready.provided, around.slots
     proposals, n_all, n_left = None, len(plan.trials), len(todo)
     if is_searched(plan.search):
         may_run = set(folder.unfinished(plan))
@@ -172,7 +172,7 @@ def _run_trials(
         gpu_share=memory_cap(slots, around.machine),
         retain_references=provided.references.folders(),
     )
-    with Board(plan, words.console, n_ended=n_all - n_left, n_trials=n_all) as board:
+    with Board(plan, around.words.console, n_ended=n_all - n_left, n_trials=n_all) as board:
         follow = Follow(
             plan, folder, board, around.signals, tell=proposals.tell if proposals else None, poll=provided.references.poll
         )
@@ -182,5 +182,3 @@ def _run_trials(
         )  # fmt: skip
     if proposals is not None:
         write_search(folder, ended=proposals.ended, n_proposed=proposals.n_given)
-        if proposals.ended is not None:
-            words.say(f"the search is over: {proposals.ended}")

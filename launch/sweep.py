@@ -165,14 +165,13 @@ def _probe(plan: Plan, *, slots: Slots, machine: Machine, n_probe: int) -> None:
     with signals.taken():
         from launch.runner import probe_sweep
 
-        probe = probe_sweep(plan, slots=slots, machine=machine, words=words, signals=signals, n_probe=n_probe)
-    for trial_id, why in probe.dropped.items():
-        words.say(f"--prune-infeasible would drop {trial_id}: {why}")
+        probe_sweep(plan, slots=slots, machine=machine, words=words, signals=signals, n_probe=n_probe)
 
 
 def _left_text(plan: Plan, folder: SweepFolder) -> str:
     ended = len(plan.trials) - len(folder.unfinished(plan))
-    pool = f" (of {len(plan.trials)}, picked by {plan.search.name})" if plan.n_to_run < len(plan.trials) else ""
+    how = "the target" if plan.search.target else plan.search.name
+    pool = f" (of {len(plan.trials)}, picked by {how})" if plan.n_to_run < len(plan.trials) else ""
     return f"{max(0, plan.n_to_run - ended)} of {plan.n_to_run} trials to run{pool}"
 
 

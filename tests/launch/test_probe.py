@@ -180,14 +180,16 @@ def test_the_bound_of_a_block_shrinks_with_the_angle_where_kappa_is_positive() -
     assert "60.0" in text
 
 
-def row(**columns: Any) -> dict[str, Any]:
-    return {"status": "finished", "setup_s": 0.5, "train_s": 3.0, "steps_s": 1.0, "steps": 10, "epochs": 3.0, **columns}
+def row(trial_id: str, **columns: Any) -> dict[str, Any]:
+    times = {"started_at": float(trial_id), "setup_s": 0.5, "train_s": 3.0, "steps_s": 1.0}
+    return {"trial_id": trial_id, "status": "finished", "slot": 1, "steps": 10, "epochs": 3.0, **times, **columns}
 
 
-def test_what_dropping_saved_is_told_by_the_median_trial_that_ran() -> None:
+def test_what_dropping_saved_is_told_by_the_median_trial_that_ran_its_process_not_counted() -> None:
     probe = Probe(dropped={"a": "", "b": "", "c": ""}, seconds=2.0)
-    # 0.5 + (3 - 1) / 4 evaluations + 1 / 10
+    ran = [row("0", setup_s=100.0), row("1"), row("2"), row("3", setup_s=7.0), row("4", status="failed")]
+    # Of the second one 0.5 + (3 - 1) / 4 evaluations + 1 / 10; the first of the slot counts as one with a set-up of no time.
     assert "3 trials dropped before they ran; measuring took 2.0 s, the trials would have taken about 3.3 s" in saved_text(
-        probe, [row(), row(), row(setup_s=100.0), row(status="failed"), {"status": "dropped"}]
+        probe, [*ran, {"status": "dropped", "started_at": None}]
     )
     assert saved_text(probe, [{"status": "dropped"}]).endswith("no trial ran that would tell what was saved")

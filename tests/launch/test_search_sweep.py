@@ -101,7 +101,7 @@ def test_a_scheduler_that_the_trials_do_not_suit_is_refused_before_ray_starts(tm
 @pytest.mark.timeout(240)
 def test_a_sweep_stops_when_its_target_is_met_and_has_nothing_left_when_resumed(tmp_path: Path, on_cluster: None) -> None:
     sweep = Chosen(tmp_path, target=("forget_accuracy<=0.6",), trials=4)
-    said = sweep.run()
+    sweep.run()
     rows = sorted(sweep.folder.rows().values(), key=lambda row: row["ended_at"])
     # Nothing was begun after the first trial that meets it; the rate that changes next to nothing does not.
     assert [row["forget_accuracy"] <= 0.6 for row in rows] == [False] * (len(rows) - 1) + [True]
@@ -109,7 +109,6 @@ def test_a_sweep_stops_when_its_target_is_met_and_has_nothing_left_when_resumed(
     stored = json.loads(sweep.folder.search_path.read_text())
     assert stored["proposed"] == len(rows)
     assert f"met by {rows[-1]['trial_id']}" in stored["ended"]
-    assert f"the search is over: {stored['ended']}" in " ".join(said.split())
     said = sweep.run()
     assert f"met by {rows[-1]['trial_id']}" in said
     assert "Ray started" not in said

@@ -16,6 +16,7 @@ import pytest
 from launch.plan import make_plan
 from launch.results import SweepFolder
 from launch.sweep import main
+from tune_spaces.scale import SCALES
 from tune_spaces.space import list_spaces, load_space
 
 HEAVY = ("torch", "ray", "transformers", "matplotlib", "datasets")
@@ -170,3 +171,18 @@ def test_bad_input_is_refused_before_anything_heavy_is_imported_and_in_five_seco
 def test_it_runs_as_a_script_from_any_folder(repo_root: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(repo_root / "launch/sweep.py"), "--list"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
+@pytest.mark.parametrize("space", list_spaces())
+def test_a_dry_run_of_any_space_is_quick_and_ends_with_its_number_of_trials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], space: str, scale: str
+) -> None:
+    started = time.process_time()
+    assert main(["--storage-path", str(tmp_path), "--space", space, "--scale", scale, "--dry-run"]) == 0
+    assert time.process_time() - started < 5  # the limit is on wall time, which other processes share; imports come to 0.5 s
+    lines = capsys.readouterr().out.splitlines()
+    assert {"space", "slots", "original"} <= {line.split()[0] for line in lines[: lines.index("")]}
+    n_listed = len(lines) - lines.index("") - 4  # an empty line, the heading, the trials, an empty line, the last one
+    assert lines[-1] == f"trials: {n_listed}"
+    assert list(tmp_path.iterdir()) == []
