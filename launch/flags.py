@@ -80,7 +80,7 @@ def _add_search(group: Any) -> None:
     add("--trials", type=int, metavar="N", help="how many to run (default: grid all, a search half of them)")
     add("--until", metavar="RULE", help="stop early: no-gain:10 when the front's hypervolume has not grown over 10 trials")
     add("--target", metavar="RULE", action="append", default=[],
-        help='search for the cheapest setting with e.g. "forget_accuracy<=retrained"; with original or a number too')  # fmt: skip
+        help='stop at the first trial with e.g. "forget_accuracy<=retrained" (or original, or a number), and search for it')  # fmt: skip
     add("--keep", metavar="RULE", action="append", default=[],
         help='what has to hold besides --target, e.g. "retain_accuracy>=original-0.01"')  # fmt: skip
     add("--scheduler", metavar="NAME",
@@ -93,7 +93,8 @@ def _add_hardness(group: Any) -> None:
     add("--probe", type=int, metavar="N", nargs="?", const=_N_PROBED,
         help=f"measure kappa, the angle and the largest feasible constraint ratio on N batches first (default {_N_PROBED}); "
         "with --dry-run: train the originals that are missing, measure, print and stop")  # fmt: skip
-    add("--prune-infeasible", action="store_true", help="measure so, and drop the trials that no measured batch allows")
+    add("--prune-infeasible", action="store_true",
+        help="measure so, and drop the trials that no measured batch allows; with --dry-run: say which")  # fmt: skip
 
 
 def _add_machine(group: Any) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from launch.machine import Machine, Slots
 from launch.plan import Plan, PlannedTrial, said_once, trial_columns
 from tune_spaces.scale import FULL
-from tune_spaces.space import METHOD, Space
+from tune_spaces.space import METHOD, RATIO, Space
 
 _SHORT = {"learning_rate": "lr", "constraint_ratio": "ratio", "hard_probability": "rho", "num_train_epochs": "epochs"}
 _HIDDEN = (METHOD, "add_forget_to_train")
@@ -19,7 +19,7 @@ def setting_words(trial: PlannedTrial, columns: Iterable[str]) -> str:
     words = [str(trial.config.get(METHOD))]
     for key in columns:
         if key != METHOD and trial.config.get(key) is not None:
-            words.append(f"{_SHORT.get(key, key)} {_text(trial.config[key])}")
+            words.append(f"{_SHORT.get(key, key)} {_value(trial.config, key)}")
     return ", ".join(words)
 
 
@@ -33,11 +33,11 @@ def plan_text(plan: Plan, *, machine: Machine, slots: Slots, folder: str, finish
     """What would run, on what, and where it would be written; the last line is `trials: N`."""
     columns = trial_columns(plan)
     header = ("trial", *(_SHORT.get(key, key.removeprefix("unlearning_")) for key in columns))
-    rows = [header, *((trial.trial_id, *(_text(trial.config.get(key)) for key in columns)) for trial in plan.trials)]
+    rows = [header, *((trial.trial_id, *(_value(trial.config, key) for key in columns)) for trial in plan.trials)]
     lines = [f"space      {plan.space}: {plan.summary}", *_published(plan), f"results    {folder}"]
     lines += [f"machine    {machine.describe()}", f"slots      {slots.describe()}", f"search     {search_words(plan)}"]
     if plan.scale != FULL:
-        lines.append(f"scale      {plan.scale}: embedded data, with rates, batches, epochs and ratios that suit it")
+        lines.append(f"scale      {plan.scale}: embedded data and settings that suit it; what is on embedded data already stays")
     lines += [f"warning    {slots.warning}"] if slots.warning else []
     for word, models in (("original ", plan.originals), ("reference", plan.references)):
         for key, config in models.items():
@@ -46,7 +46,7 @@ def plan_text(plan: Plan, *, machine: Machine, slots: Slots, folder: str, finish
             shown = (f"{name} {_text(value)}" for name, value in config.items() if name not in hidden)
             lines.append(f"{word}  {key}: {', '.join(shown)}")
     lines += [f"set        {key} {', '.join(map(_text, values))}" for key, values in plan.overrides.items()]
-    lines += [f"shared     {name} {_text(value)}" for name, value in _same(plan, columns).items()]
+    lines += [f"shared     {name} {_value(plan.trials[0].config, name)}" for name in _same(plan, columns)]
     lines += [f"note       {line}" for line in said_once(plan)]
     if finished:
         lines.append(f"finished   {finished} of {plan.n_to_run}; the others would run")
@@ -69,6 +69,12 @@ def _published(plan: Plan) -> list[str]:
         return []
     counts = "" if plan.published in (None, len(plan.trials)) else f": {plan.published} trials; here {len(plan.trials)}"
     return [f"published  {plan.script}{counts}"]
+
+
+def _value(config: Mapping[str, Any], key: str) -> str:
+    """A setting as text; a ratio that is a share says so."""
+    of_s = " of S" if key == RATIO and config.get("relative_constraint") and config.get(key) is not None else ""
+    return _text(config.get(key)) + of_s
 
 
 def _same(plan: Plan, columns: Iterable[str]) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def run(
     return 1 if failed else 0
 
 
-def _probe(plan: Plan, *, slots: Slots, machine: Machine, n_probe: int) -> None:
+def _probe(plan: Plan, *, slots: Slots, machine: Machine, n_probe: int | None) -> None:
     """Measure what the first gradients allow, and say it; trains the originals that are missing, and writes no results."""
     from rich.console import Console
 
@@ -207,8 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(plan_text(plan, machine=machine, slots=slots, folder=str(folder.path), finished=finished))
             for line in missing_models(plan):
                 print(f"warning: {line}; fetch it first, with --fetch", file=sys.stderr)
-            if args.probe is not None:
+            if args.probe is not None or args.prune_infeasible:
                 _probe(plan, slots=slots, machine=machine, n_probe=args.probe)
+                print(f"\ntrials: {plan.n_to_run}")
             return 0
         is_new = args.resume is None
         return run(
@@ -219,6 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as interrupted:
+        return 128 + interrupted.number
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -47,7 +47,7 @@ TEXT_LR = {
 TEXT_ADAMW_LR = 5.0
 TEXT_EPOCHS, TINY_EPOCHS = 0.2, 5.0
 
-_IMAGE_ORIGINAL = {"num_train_epochs": 6, "learning_rate": 1e-3, "target_test_accuracy": 0.9}
+_IMAGE_ORIGINAL = {"num_train_epochs": 2, "learning_rate": 1e-3}
 _TEXT_ORIGINAL = {
     "num_train_epochs": 24, "learning_rate": 1e-2, "per_device_train_batch_size": 64, "add_lora": True,
     "lr_scheduler_type": "cosine", "eval_strategy": "no", "save_strategy": "no",

@@ -108,6 +108,8 @@ def varying_settings(rows: Iterable[Row]) -> tuple[str, ...]:
         for name in SETTINGS:
             if row.get(name) is not None and row[name] == row[name]:
                 values[name].add(row[name])
+    if len(values["forget_set"]) == len(values["rho"]):
+        values["forget_set"].clear()  # rho tells them apart, in fewer letters
     return tuple(name for name in SETTINGS if len(values[name]) > 1)
 
 
@@ -119,8 +121,10 @@ def setting_text(row: Row, names: Iterable[str] = SETTINGS) -> str:
     """
     parts = [str(row.get("method", "?"))]
     for name in names:
-        if name != "method" and row.get(name) is not None and row[name] == row[name]:
-            parts.append(f"{_SHORT.get(name, name)} {row[name]:g}")
+        if name != "method" and (value := row.get(name)) is not None and value == value:
+            parts.append(value if isinstance(value, str) else f"{_SHORT.get(name, name)} {value:g}")
+            if name == "constraint_ratio" and row.get("relative_constraint"):
+                parts[-1] += " of S"
     return ", ".join(parts)
 
 

@@ -120,7 +120,15 @@ def test_trials_share_an_original_for_each_class_and_seed_but_not_for_each_rho()
     original = plan_of("rho=0.5").original(*plan_of("rho=0.5").originals)
     assert original.data.hard_probability == 0.0
     assert original.data.add_forget_to_train
-    assert original.training.target_test_accuracy == 0.9
+    assert original.training.num_train_epochs == 2
+
+
+def test_an_original_and_its_retain_only_model_are_trained_as_long() -> None:
+    """A target of accuracy on all classes would end the one and not the other."""
+    plan = plan_of()
+    (original,), (reference,) = map(plan.original, plan.originals), map(plan.reference, plan.references)
+    assert original.training == reference.training
+    assert original.training.target_test_accuracy is None
 
 
 def test_data_is_the_same_for_other_forget_sets_and_another_for_another_dataset() -> None:

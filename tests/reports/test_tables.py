@@ -145,3 +145,14 @@ def test_summary_of_no_trials_is_all_zero_and_null():
     assert summary["trials"]["total"] == summary["train_s"] == 0
     assert summary["wall_s"] is summary["recommended"] is summary["gradient_product"] is None
     json.dumps(summary, allow_nan=False)
+
+
+def test_settings_of_forget_sets_and_of_relative_ratios_are_told_in_words() -> None:
+    rows = [
+        {"method": "hamu-q", "constraint_ratio": 0.3, "relative_constraint": True, "forget_set": f"forget_{number}", "rho": None}
+        for number in (1, 2)
+    ]
+    assert varying_settings(rows) == ("forget_set",)
+    assert setting_text(rows[0], ("constraint_ratio", "forget_set")) == "hamu-q, ratio 0.3 of S, forget_1"
+    by_rho = [{"method": "ft", "forget_set": f"forget_0_{rho}", "rho": rho} for rho in (0.0, 0.5)]
+    assert [setting_text(row, varying_settings(by_rho)) for row in by_rho] == ["ft, rho 0", "ft, rho 0.5"]

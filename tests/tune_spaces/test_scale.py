@@ -69,12 +69,12 @@ def test_a_space_on_embedded_data_stays_as_it_is(name: str) -> None:
 
 
 def test_what_the_user_set_is_not_scaled() -> None:
-    plan = plan_of("cifar/constraint_sweep", "lr=0.03", "constraint_ratio=0.4", "batch_size=64", "original.epochs=2")
+    plan = plan_of("cifar/constraint_sweep", "lr=0.03", "constraint_ratio=0.4", "batch_size=64", "original.epochs=5")
     for config in plan.configs.values():
         assert (config.lr, config.constraint_ratio, config.training.per_device_train_batch_size) == (0.03, 0.4, 64)
         assert config.data.dataset_name == "digits"
     (original,) = map(plan.original, plan.originals)
-    assert (original.training.num_train_epochs, original.training.target_test_accuracy) == (2, 0.9)
+    assert original.training.num_train_epochs == 5
 
 
 def test_embedded_data_that_the_user_names_does_not_leave_published_rates_on_it() -> None:

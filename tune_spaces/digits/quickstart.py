@@ -22,8 +22,8 @@ SPACE = Space(
         },
         {"unlearning_method": ("gdiff", "ft"), "learning_rate": (0.005, 0.01, 0.02)},
     ),
-    # Stopped early on purpose: S, the sum of ||g_r|| ||g_f|| over blocks, shrinks as an original converges, and with it
-    # every constraint ratio that a step can meet.
-    original={"num_train_epochs": 6, "learning_rate": 1e-3, "target_test_accuracy": 0.9},
+    # Short on purpose: S, the sum of ||g_r|| ||g_f|| over blocks, shrinks as an original converges, and with it every
+    # constraint ratio that a step can meet. The retain-only model is trained as long, so that the two can be compared.
+    original={"num_train_epochs": 2, "learning_rate": 1e-3},
     with_reference=True,
 )
