@@ -96,7 +96,7 @@ def probe_sweep(
     machine: Machine,
     words: Words,
     signals: Signals,
-    n_probe: int = N_PAIRS,
+    n_probe: int | None = None,
     dashboard: bool = False,
 ) -> Probe:
     """Measure what the first pairs of gradients of a plan allow, and say it.

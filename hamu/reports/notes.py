@@ -44,7 +44,8 @@ def notes_html(summary: Mapping[str, Any]) -> str:
         "guess, ln(classes)"
         + (", in nats." if is_reference else "; forget quality counts up to 2 ln(classes) in it, in nats squared."),
         "Test rows hold all classes, so the test accuracy falls by the forgotten class's share where a whole class is forgotten.",
-        "The ratio is the constraint divided by the learning rate. S is the sum over blocks of the product of the "
+        "The ratio is the constraint divided by the learning rate; where the trials say so, it is given as a share of S at "
+        "the first step. S is the sum over blocks of the product of the "
         "lengths of the clipped retain and forget gradients; it bounds the ratio from above and shrinks as the model "
         "converges. A HAMU trial whose ratio asks for more than the gradients allow stops as infeasible; one that did "
         "so before its first step is the original model.",

@@ -104,6 +104,8 @@ def render_page(rows: Sequence[Row], summary: Mapping[str, Any], png: bytes) -> 
     """The report as one HTML text: pure, every value escaped, the figure inside it."""
     names = varying_settings(rows)
     settings = {key: column for key, column in _SETTING_COLUMNS.items() if key in names or key == "method"}
+    if any(row.get("relative_constraint") for row in rows):
+        settings |= {"relative_constraint": ("ratio is of S", "s")}
     fixed = {key: next((row[key] for row in rows if row.get(key) is not None), None) for key in _SETTING_COLUMNS}
     constant = ", ".join(
         f"{label} {_cell(fixed[key], kind)}"
@@ -170,7 +172,9 @@ def _headline(rows: Sequence[Row], summary: Mapping[str, Any], names: Iterable[s
         return f"This sweep measured times alone. Fastest: {words}."
     if all(row.get("steps") == 0 for row in rows if status_of(row) in ("finished", "dropped")):
         bound = _cell(summary.get("max_constraint_ratio"), "g")
-        return f"No trial took a step. The largest feasible constraint ratio is {escape(bound)}: use ratios below it."
+        product = _cell(summary.get("gradient_product"), "g")
+        shares = f", or shares of S below it divided by S, {escape(product)}"
+        return f"No trial took a step. The largest feasible constraint ratio is {escape(bound)}: use ratios below it{shares}."
     percent = f"{100 * MAX_RETAIN_ACCURACY_LOSS:g}"
     return (
         f"No trial forgot and kept the retain accuracy within {percent} points of the original's: "

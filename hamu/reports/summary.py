@@ -14,7 +14,7 @@ from hamu.reports.views import view_of
 from hamu.training.records import SPLITS
 
 PARETO_COLUMNS = (
-    "trial_id", "method", "learning_rate", "constraint_ratio", "rho", "seed", "steps", "stop_reason", "train_s",
+    "trial_id", "method", "learning_rate", "constraint_ratio", "relative_constraint", "forget_set", "rho", "seed", "steps", "stop_reason", "train_s",
     "forget_closeness", "forget_quality", "retain_utility",
     *(f"{split}_{metric}" for split in SPLITS for metric in ("accuracy", "loss")),
     "forget_test_loss_auc", "model_path",
