@@ -18,6 +18,8 @@ from launch.results import write_json
 MAX_DEATHS = 2
 """Attempts of one run of the sweep in which a trial may take its process down; then it has failed."""
 
+ATTEMPTS = "attempts.json"
+
 UNSAID = "its process died (killed, or out of memory)"
 
 
@@ -33,7 +35,7 @@ class Attempts:
 
     def __init__(self, folder: Path, run: str) -> None:
         self._folder, self._run = folder, run
-        self._path = folder / "attempts.json"
+        self._path = folder / ATTEMPTS
 
     def open(self) -> str | None:
         """Begin an attempt; where too many have died, begin none and return the last known error."""
@@ -77,3 +79,8 @@ class Attempts:
             return json.loads(self._path.read_text())
         except (OSError, ValueError):
             return []
+
+
+def was_begun(folder: Path) -> bool:
+    """Whether a slot has ever begun the trial of a folder; one that was only found not to run may have a folder too."""
+    return (folder / ATTEMPTS).exists()

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from hamu.errors import ConfigError
 from hamu.training.inputs import is_local_path
+from hamu.training.probe import N_PAIRS
 from launch.pairing import Pairing
 from tune_spaces.scale import SCALES
 from tune_spaces.search import SCHEDULERS, SEARCHES, SearchSettings
@@ -17,7 +18,6 @@ from tune_spaces.space import Space
 
 DEFAULT_SPACE = "digits/quickstart"
 AUTO = "auto"
-_N_PROBED = 3
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 _NONE = "none"
 
@@ -90,8 +90,8 @@ def _add_search(group: Any) -> None:
 
 def _add_hardness(group: Any) -> None:
     add = group.add_argument
-    add("--probe", type=int, metavar="N", nargs="?", const=_N_PROBED,
-        help=f"measure kappa, the angle and the largest feasible constraint ratio on N batches first (default {_N_PROBED}); "
+    add("--probe", type=int, metavar="N", nargs="?", const=N_PAIRS,
+        help=f"measure kappa, the angle and the largest feasible constraint ratio on N batches first (default {N_PAIRS}); "
         "with --dry-run: train the originals that are missing, measure, print and stop")  # fmt: skip
     add("--prune-infeasible", action="store_true",
         help="measure so, and drop the trials that no measured batch allows; with --dry-run: say which")  # fmt: skip

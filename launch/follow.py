@@ -16,9 +16,11 @@ from hamu.training.records import METRIC_COLUMNS
 from hamu.training.stop import StopReason
 from launch.live import Board
 from launch.plan import Plan
-from launch.results import SweepFolder, has_ended, write_json
+from launch.results import SweepFolder, write_json
+from launch.runs import Runs
 from launch.shared import failed_row, identity
 from launch.signals import Signals
+from launch.standing import has_ended
 from launch.trainable import overrides_of, said_of, state_of
 
 MAX_FAILURES = 4
@@ -38,6 +40,7 @@ class Follow(tune.Callback):
         plan, folder, board, signals: of the sweep.
         tell: called with the id and the row of each trial that has ended, once; the row has what retain-only models add.
         poll: called every few seconds.
+        runs: keeps when trials ran.
     """
 
     def __init__(
@@ -49,9 +52,10 @@ class Follow(tune.Callback):
         *,
         tell: Callable[[str, Mapping[str, Any]], None] | None = None,
         poll: Callable[[], object] | None = None,
+        runs: Runs | None = None,
     ) -> None:
         self._plan, self._folder, self._board, self._signals = plan, folder, board, signals
-        self._tell, self._poll, self._poll_after = tell, poll, 0.0
+        self._tell, self._poll, self._poll_after, self._runs = tell, poll, 0.0, runs
         self._trials = {trial.trial_id: trial for trial in plan.trials}
         self._started: dict[str, float] = {}
         self._told: set[str] = set()
@@ -63,8 +67,11 @@ class Follow(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Tune looks for news, several times a second."""
         self._signals.check()
-        if self._poll is not None and time.monotonic() >= self._poll_after:
-            self._poll()
+        if time.monotonic() >= self._poll_after:
+            if self._poll is not None:
+                self._poll()
+            if self._runs is not None:
+                self._runs.note()
             self._poll_after = time.monotonic() + _POLL_EVERY_S
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -142,6 +149,8 @@ class Follow(tune.Callback):
             if self._tell is not None:
                 self._tell(trial_id, row)
         self._folder.refresh_trials()
+        if self._runs is not None:
+            self._runs.note()
 
 
 def write_row(folder: SweepFolder, trial_id: str, row: Mapping[str, Any], *, started_at: float | None = None) -> None:

@@ -159,7 +159,8 @@ def choose_slots(
 
 
 def fit_slots(slots: Slots, machine: Machine, memory_bytes: int | None) -> Slots:
-    """Let as many trials share a GPU as its memory holds by estimate; no more than there are cores for.
+    """Let as many trials share a GPU as its memory holds by estimate; no more than there are cores for, or than it takes for all
+    that are wanted at once.
 
     Args:
         slots: as `choose_slots` gave them, with a whole GPU a trial; where trials use no GPU they stay as they are.
@@ -181,7 +182,8 @@ def fit_slots(slots: Slots, machine: Machine, memory_bytes: int | None) -> Slots
         return replace(slots, warning=f"--gpus-per-worker auto: the memory of {of} is not known, so each trial has a whole GPU")
     needed = int(MEMORY_MARGIN * memory_bytes) + CONTEXT_BYTES
     by_memory = machine.gpu_memory_bytes // needed
-    n_per_gpu = max(1, min(by_memory, machine.cpus // machine.gpus))
+    wanted = -(-slots.most // machine.gpus) if slots.most else by_memory  # a trial that could have more of a GPU gets it
+    n_per_gpu = max(1, min(by_memory, machine.cpus // machine.gpus, wanted))
     warning = slots.warning
     if by_memory < 1:
         warning = (
@@ -196,6 +198,14 @@ def fit_slots(slots: Slots, machine: Machine, memory_bytes: int | None) -> Slots
         gpus_per_trial=1.0 if n_per_gpu == 1 else _RAY_STEPS // n_per_gpu / _RAY_STEPS,
         warning=warning,
     )
+
+
+def fit_text(slots: Slots, machine: Machine, memory_bytes: int | None) -> str:
+    """What `fit_slots` has come to, for a terminal: the slots, what decided on them, and their warning."""
+    is_fitted = slots.gpus_per_trial > 0 and memory_bytes is not None and machine.gpu_memory_bytes is not None
+    by = ", by the memory that a trial should need" if is_fitted else ""
+    warning = f"\nwarning: {slots.warning}" if slots.warning else ""
+    return f"{slots.describe()}{by}{warning}"
 
 
 def memory_cap(slots: Slots, machine: Machine) -> float | None:

@@ -21,9 +21,10 @@ from launch.follow import MAX_FAILURES, Follow
 from launch.machine import Slots
 from launch.pairing import Pairing
 from launch.proposals import Proposals
-from launch.results import SweepFolder, has_ended
+from launch.results import SweepFolder
 from launch.scheduling import settings_of
 from launch.shared import Shared
+from launch.standing import has_ended
 from launch.states import drop_states
 from launch.trainable import UnlearningTrial, trial_config
 from tune_spaces.stoppers import StoppingCriterionStopper

@@ -37,6 +37,15 @@ if TYPE_CHECKING:
     from hamu.tasks.base import Data, Task
     from hamu.training.config import TrainConfig
 
+# What the memory of a trial depends on, beside its batch size, its optimizer, its rows and whether BatchNorm is frozen: the model
+# and its adapter, how long a row is, what the method keeps (the original, an average gradient), what the passes keep, and
+# the batches of evaluations.
+_OF_MEMORY = (
+    "modality", "model_name", "model_revision", "num_labels", "img_size", "max_length", "chat_template", "unlearning_method",
+    "gru_beta", "fp16", "bf16", "gradient_checkpointing", "add_lora", "lora_r", "lora_targets", "lora_dropout",
+    "per_device_eval_batch_size",
+)  # fmt: skip
+
 SMALL_BYTES = 16 * 2**20
 """Of a dataset whose original is trained on one core."""
 
@@ -133,7 +142,6 @@ def provide_models(
     causes = [getattr(error, "cause", None) or error for error in errors]
     if len(failed) == len(tasks) and causes and all(isinstance(cause, HamuError) for cause in causes):
         raise causes[0] from None
-    wanted = set(todo)
     if any(
         trial.reference and plan.configs[trial.trial_id].logging.eval_tofu for trial in plan.trials if trial.trial_id in wanted
     ):
@@ -211,7 +219,8 @@ def _one_of_each_kind(configs: Iterable[TrainConfig]) -> tuple[TrainConfig, ...]
     """Of the trials that take memory alike but for the size of their batches, the one with the largest."""
     kinds: dict[tuple[Any, ...], TrainConfig] = {}
     for config in configs:
-        kind = (config.method_name, config.optimizer_name, config.training.precision, config.training.add_lora)
+        flat = config.to_flat()
+        kind = (config.optimizer_name, config.freeze_batchnorm, *(flat[name] for name in _OF_MEMORY))
         known = kinds.get(kind)
         if known is None or config.training.per_device_train_batch_size > known.training.per_device_train_batch_size:
             kinds[kind] = config

@@ -7,6 +7,7 @@ from typing import Any
 
 from launch.machine import Machine, Slots
 from launch.plan import Plan, PlannedTrial, said_once, trial_columns
+from launch.standing import Standing
 from tune_spaces.scale import FULL
 from tune_spaces.space import METHOD, RATIO, Space
 
@@ -29,8 +30,8 @@ def spaces_text(spaces: Iterable[Space]) -> str:
     return "\n".join(_aligned(rows))
 
 
-def plan_text(plan: Plan, *, machine: Machine, slots: Slots, folder: str, finished: int = 0) -> str:
-    """What would run, on what, and where it would be written; the last line is `trials: N`."""
+def plan_text(plan: Plan, *, machine: Machine, slots: Slots, folder: str, stand: Standing | None = None) -> str:
+    """What would run, on what, and where it would be written; the last line is `trials: N`. stand: of a sweep to resume."""
     columns = trial_columns(plan)
     header = ("trial", *(_SHORT.get(key, key.removeprefix("unlearning_")) for key in columns))
     rows = [header, *((trial.trial_id, *(_value(trial.config, key) for key in columns)) for trial in plan.trials)]
@@ -48,8 +49,9 @@ def plan_text(plan: Plan, *, machine: Machine, slots: Slots, folder: str, finish
     lines += [f"set        {key} {', '.join(map(_text, values))}" for key, values in plan.overrides.items()]
     lines += [f"shared     {name} {_value(plan.trials[0].config, name)}" for name in _same(plan, columns)]
     lines += [f"note       {line}" for line in said_once(plan)]
-    if finished:
-        lines.append(f"finished   {finished} of {plan.n_to_run}; the others would run")
+    if stand is not None and stand.n_ended + stand.n_dropped:
+        dropped = f"; {stand.n_dropped} dropped as infeasible" if stand.n_dropped else ""
+        lines.append(f"finished   {stand.n_ended} of {stand.n_total}{dropped}; the others would run")
     return "\n".join([*lines, "", *_aligned(rows), "", f"trials: {plan.n_to_run}"])
 
 

@@ -17,6 +17,7 @@ import ray
 
 from hamu.errors import HamuError
 from hamu.training.config import TrainConfig
+from hamu.training.probe import N_PAIRS
 from launch.plan import data_key
 from launch.probe_text import group_json, probe_text
 from launch.references import MAX_RETRIES, error_words
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from launch.shared import Original
     from launch.signals import Signals
     from launch.words import Words
-
-N_PAIRS = 3
 
 # What decides a pair of gradients, beside the original, the rows and the learning rate of a fixed radius; and how it is read.
 _OF_PAIR = (

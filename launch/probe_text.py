@@ -47,7 +47,7 @@ def group_json(group: ProbedGroup) -> dict[str, Any]:
         "original": group.original,
         "forget_set": group.forget_set,
         "seed": group.config.run.seed,
-        "rows_per_step": _rows_per_step(group),
+        "rows_per_step": group.config.rows_per_step,
         "full_grad": group.config.method.full_grad,
         "gradient_product": pairs.product.tolist(),
         "kappa": pairs.whole_kappa.tolist(),
@@ -83,7 +83,7 @@ def _group_lines(group: ProbedGroup) -> list[str]:
     asked = f"{ratios[0]:g}" if len(ratios) == 1 else f"{ratios[0]:g} to {ratios[-1]:g}"
     asked += " of S" * is_relative
     lines = [
-        f"{group.forget_set}, seed {config.run.seed}, {_rows_per_step(group)} rows of each a step, original {group.original}"
+        f"{group.forget_set}, seed {config.run.seed}, {config.rows_per_step} rows of each a step, original {group.original}"
         f"{', the whole model as one block' if config.method.full_grad else ''}",
         f"  {len(group.trials)} trials of {', '.join(methods)}, constraint ratios asked for: {asked}",
         "   pair          S      kappa   angle   feasible bound    published bound",
@@ -130,22 +130,10 @@ def _block_line(group: ProbedGroup, name: str, blocks: np.ndarray, shares: np.nd
     pairs = group.pairs
     share = 100 * np.median(shares[:, blocks].sum(axis=1))
     kappa = pairs.kappa[:, blocks].sum(axis=1)
-    norms = (np.square(norm[:, blocks]).sum(axis=1) for norm in (pairs.retain_norm, pairs.forget_norm))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        angle = np.degrees(np.arccos(np.clip(kappa / np.sqrt(np.prod(list(norms), axis=0)), -1.0, 1.0)))
-    columns = [_ends(kappa, ".3g", 8), _ends(angle, ".1f", 7)]
+    columns = [_ends(kappa, ".3g", 8), _ends(np.degrees(pairs.angle_of(blocks)), ".1f", 7)]
     if not group.config.method.full_grad:  # else the bound is not a sum over blocks
-        columns.append(_ends(_bounds(group)[:, blocks].sum(axis=1), ".3g", 8))
+        columns.append(_ends(pairs.block_bounds[:, blocks].sum(axis=1), ".3g", 8))
     return f"   {name:<{width}}   {share:9.1f}%   {'   '.join(columns)}"
-
-
-def _bounds(group: ProbedGroup) -> np.ndarray:
-    """What each block adds to the feasible bound, shape (n_pairs, n_blocks): the largest constraint over the learning rate."""
-    pairs, config = group.pairs, group.config
-    retain, forget = pairs.retain_norm, pairs.forget_norm
-    free, bound = (forget, retain) if config.method_name == "hamu-u" else (retain, forget)
-    reach = bound * (free if config.radius is None else config.radius / config.lr)
-    return reach * np.where(pairs.kappa > 0, np.nan_to_num(np.sin(pairs.angle)), 1.0)
 
 
 def _ends(values: np.ndarray, form: str, width: int) -> str:
@@ -159,9 +147,3 @@ def _shortened(name: str) -> str:
 
 def _share(bound: float, product: float) -> str:
     return f"{bound / product:.2f}" if product > 0 else "-"
-
-
-def _rows_per_step(group: ProbedGroup) -> int:
-    config = group.config
-    n_pairs = max(1, config.run.num_workers // 2) if config.is_split else 1
-    return config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps * n_pairs

@@ -8,12 +8,13 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from hamu.reports.views import View
+from hamu.reports.views import View, view_of
 from launch.plan import Plan
-from launch.results import SweepFolder, has_ended, write_json
+from launch.results import SweepFolder, write_json
 from launch.scheduling import settings_of
+from launch.standing import has_ended
 from launch.trainable import trial_config
-from tune_spaces.search import Search, SearchSettings, make_search
+from tune_spaces.search import Search, make_search
 
 
 def as_planned(trial_id: str) -> dict[str, Any]:
@@ -94,35 +95,44 @@ class Proposals(Searcher):
         """Nothing: a sweep resumes from its trials' rows."""
 
 
-def is_searched(settings: SearchSettings) -> bool:
-    """Whether a search chooses among the trials of a plan; else all of them run, in the plan's order."""
-    return settings.name != "grid" or settings.until is not None or bool(settings.target) or settings.trials is not None
-
-
 def open_search(plan: Plan, folder: SweepFolder, out: Iterable[str] = ()) -> Search:
     """Make the plan's search over its trials, and tell it of those that ended before, in the order in which they did.
 
     Args:
         out: ids of trials that cannot be run, and that it must not propose.
     """
-    rows = folder.rows()
+    rows, out = folder.rows(), set(out)
     left_out = {*out, *(trial_id for trial_id, row in rows.items() if row.get("status") == "dropped")}
     pool = {trial_id: settings_of(config) for trial_id, config in plan.configs.items() if trial_id not in left_out}
     settings = replace(plan.search, trials=min(plan.n_to_run, len(pool))) if pool else plan.search
-    search = make_search(settings, pool, view=view_for(plan, folder))
+    search = make_search(settings, pool, view=view_for(plan, folder, out))
     ended = [row["trial_id"] for row in rows.values() if has_ended(row) and row["trial_id"] in pool]
     for row in folder.compared_rows(sorted(ended, key=lambda trial_id: rows[trial_id].get("ended_at") or 0.0)):
         search.tell(row["trial_id"], row)
     return search
 
 
-def view_for(plan: Plan, folder: SweepFolder) -> View:
-    """The axes that a search goes by: those with retain-only models where all of these are there."""
-    known = folder.references()
-    has_all = bool(plan.references) and all("result" in known.get(key, {}) for key in plan.references)
-    return View("reference" if has_all else "paper")
+def view_for(plan: Plan, folder: SweepFolder, out: Iterable[str] = ()) -> View:
+    """The axes that a search goes by: by the rule of the report (`view_of`), with the trials that have still to run as well.
+
+    out: ids of trials that cannot be run.
+    """
+    rows, known, left_out = folder.rows(), folder.references(), set(out)
+    to_come = [
+        trial.reference is not None and bool(known.get(trial.reference, {}).get("result"))
+        for trial in plan.trials
+        if trial.trial_id not in left_out and not has_ended(rows.get(trial.trial_id, {}))
+    ]
+    return view_of(folder.compared_rows(), to_come=to_come)
 
 
-def write_search(folder: SweepFolder, *, ended: str | None, n_proposed: int) -> None:
-    """Keep why no more trials are proposed, and how many there were in this run of the sweep."""
-    write_json(folder.search_path, {"ended": ended, "proposed": n_proposed})
+def write_search(folder: SweepFolder, *, view: View, ended: str | None = None, n_proposed: int = 0, n_left_out: int = 0) -> None:
+    """Keep how a search stands.
+
+    Args:
+        view: the axes that it goes by.
+        ended: why no more trials are proposed.
+        n_proposed: how many were in this run of the sweep.
+        n_left_out: trials that it could not choose, as their original failed.
+    """
+    write_json(folder.search_path, {"ended": ended, "proposed": n_proposed, "view": view.name, "left_out": n_left_out})

@@ -15,12 +15,13 @@ from hamu.cli.ray_environment import ray_folder, token_hint
 from hamu.hub import MODEL, fetch_model, is_cached, offline_environment
 from hamu.tasks.catalog import modality_of
 from hamu.training.config import TrainConfig
+from hamu.training.probe import N_PAIRS
 from hamu.training.ray_workers import local_ray
 from launch.checks import check_forget_sets, is_on_hub
 from launch.machine import Machine, Slots, gpu_environment
 from launch.originals import Provided, provide_models
 from launch.plan import Plan
-from launch.probe import N_PAIRS, Probe, probe_plan
+from launch.probe import Probe, probe_plan
 from launch.results import SweepFolder
 from launch.scheduling import Schedule, schedule_of
 from launch.signals import Signals

@@ -4,7 +4,8 @@ sweep.json                what is to run, written before anything starts
 originals.json            hashes of the weights that the trials start from
 references.json           the retain-only models that trials are compared with, and their metrics
 probe.json                what the first pairs of gradients allow, where that was asked for
-search.json               why a search proposes no more trials, once it does not
+search.json               the view that a search goes by, and why it proposes no more trials, once it does not
+runs.json                 when trials ran, an entry for each run of the sweep
 trials/<id>/row.json      the trial has ended; there iff it did
 trials/<id>/checkpoint.pt where an unfinished trial goes on from
 trials/<id>/attempts.json how often it was begun, and what became of that
@@ -22,7 +23,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +32,7 @@ from hamu.errors import ConfigError, DataError, unknown
 from hamu.models.record import json_text
 from hamu.training.records import TRIAL_SCHEMA, replacing, write_trials
 from launch.plan import Plan
+from launch.standing import has_ended, standing
 
 PLAN = "sweep.json"
 _WRITE_EVERY_S = 3.0
@@ -57,6 +59,7 @@ class SweepFolder:
         self.originals = self.path / "originals.json"
         self.references_path = self.path / "references.json"
         self.search_path = self.path / "search.json"
+        self.runs_path = self.path / "runs.json"
         self.probe_path = self.path / "probe.json"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
@@ -107,9 +110,9 @@ class SweepFolder:
         """The retain-only models that are known: key -> {"path", "result"}, or {"error"} where there is none."""
         return self._json(self.references_path)
 
-    def search_ended(self) -> str | None:
-        """Why a search proposed no more trials, in words; None where none did, or it had not ended."""
-        return self._json(self.search_path).get("ended")
+    def search_state(self) -> dict[str, Any]:
+        """What search.json holds (`launch.proposals.write_search`); empty where no search has begun."""
+        return self._json(self.search_path)
 
     def compared_rows(self, trial_ids: Iterable[str] | None = None) -> list[dict[str, Any]]:
         """Rows with what their retain-only models add: `forget_closeness`, and `retrained_<metric>` columns.
@@ -193,15 +196,6 @@ class SweepFolder:
             yield
 
 
-def has_ended(row: Mapping[str, Any]) -> bool:
-    """Whether a trial's row says that it need not run again.
-
-    A pruned trial has ended when its model is kept; until then its row only says that a scheduler has stopped it. A dropped one
-    was found infeasible before it ran.
-    """
-    return row.get("status") in ("finished", "dropped") or (row.get("status") == "pruned" and bool(row.get("model_path")))
-
-
 @contextmanager
 def trial_lock(folder: Path, *, patience_s: float = 60.0) -> Iterator[None]:
     """Hold a trial's folder while it trains.
@@ -261,9 +255,9 @@ def check_free(folder: SweepFolder, *, space: str, root: Path) -> None:
     plan = folder.read_plan(root)
     if plan.space != space:
         raise ConfigError(f"{folder.path} belongs to a sweep of space {plan.space!r}, not {space!r}; choose another --name")
-    left = len(folder.unfinished(plan))
+    stand = standing(plan, folder.rows())
     raise ConfigError(
-        f"sweep {name!r} exists in {folder.path} ({len(plan.trials) - left} of {len(plan.trials)} trials finished); "
+        f"sweep {name!r} exists in {folder.path} ({stand.n_ended} of {stand.n_total} trials finished); "
         f"go on with --resume {name}, or choose another --name"
     )
 

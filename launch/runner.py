@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
+from launch.attempts import was_begun
 from launch.follow import Follow
 from launch.left_out import without_dropped, without_failed
 from launch.live import Board
-from launch.machine import Machine, Slots, fit_slots, memory_cap
+from launch.machine import Machine, Slots, fit_slots, fit_text, memory_cap
 from launch.on_tune import run_on_tune, worker_settings
 from launch.pairing import pairing_of
 from launch.plan import Plan
-from launch.probe import N_PAIRS, Probe, saved_text
-from launch.proposals import Proposals, is_searched, open_search, view_for, write_search
+from launch.probe import Probe, saved_text
+from launch.proposals import Proposals, open_search, view_for, write_search
 from launch.ready import Ready, Surroundings, ready_on_ray
-from launch.results import SweepFolder, has_ended, write_json
+from launch.results import SweepFolder, write_json
+from launch.runs import Runs
 from launch.scheduling import check_schedule
 from launch.shared import Shared
 from launch.signals import Signals
+from launch.standing import has_ended, is_searched, lacking_references, standing
 from launch.summary import write_summary
 from launch.words import Words
 
@@ -55,7 +59,7 @@ def run_sweep(
         stopper: of Tune, beside HAMU's criterion.
         fit_gpus: let as many trials share a GPU as their memory estimate allows.
         n_probe: pairs of gradients to measure first, and tell what they allow; None: none.
-        prune_infeasible: drop the trials that none of the pairs allows; measures `N_PAIRS` of them where `n_probe` is None.
+        prune_infeasible: drop the trials that none of the pairs allows; measures as many as is usual where `n_probe` is None.
 
     Returns:
         The summary, as in summary.json.
@@ -66,13 +70,15 @@ def run_sweep(
     """
     check_schedule(plan)
     around = Surroundings(slots=slots, machine=machine, words=words, signals=signals)
-    todo = folder.unfinished(plan)
-    if todo and not _has_run_out(plan, folder, words):
+    todo = [] if _has_run_out(plan, folder, words) else folder.unfinished(plan)
+    if not todo:
+        _complete_references(plan, folder, around, dashboard=dashboard)
+    else:
         with ready_on_ray(plan, todo, folder, around, dashboard=dashboard, wants_memory=fit_gpus) as ready:
-            plan, provided = ready.plan, ready.provided
-            todo = without_failed(plan, todo, folder, provided.failed)
-            if plan.references and (is_searched(plan.search) or _reads_references(plan)):
-                provided.references.wait()
+            provided = ready.provided
+            todo = without_failed(plan, todo, folder, provided.failed, words)
+            if is_searched(plan.search):
+                provided.references.wait()  # it may go by them
             probe = None
             if todo and (n_probe is not None or prune_infeasible):
                 probe = ready.probe(todo, around, n_probe)
@@ -81,7 +87,7 @@ def run_sweep(
                     todo = without_dropped(plan, todo, folder, probe.dropped, words)
             if fit_gpus:
                 slots = fit_slots(slots, machine, provided.memory_bytes)
-                words.say(f"{slots.describe()}, by the memory that a trial should need")
+                words.say(fit_text(slots, machine, provided.memory_bytes))
             _run_trials(ready, todo, folder, replace(around, slots=slots), stopper=stopper)
             provided.references.wait()
             if probe is not None and prune_infeasible and (saved := saved_text(probe, list(folder.rows().values()))):
@@ -112,19 +118,23 @@ def probe_sweep(
         folder = SweepFolder(Path(place))
         folder.trials.mkdir()
         with ready_on_ray(plan, todo, folder, around, dashboard=dashboard) as ready:
-            return ready.probe(without_failed(plan, todo, folder, ready.provided.failed), around, n_probe)
+            todo = without_failed(plan, todo, folder, ready.provided.failed, words)
+            return ready.probe(todo, around, n_probe)
 
 
 def _has_run_out(plan: Plan, folder: SweepFolder, words: Words) -> bool:
     """Whether the search of a resumed sweep proposes nothing more, which is then said."""
-    if not is_searched(plan.search) or not folder.rows():
+    rows = folder.rows()
+    if not is_searched(plan.search) or not rows:
         return False
-    if plan.references and view_for(plan, folder).name != "reference":
+    n_left = standing(plan, rows).n_left
+    pool = [trial.trial_id for trial in plan.trials if rows.get(trial.trial_id, {}).get("status") != "dropped"]
+    if n_left and lacking_references(plan, folder.references(), pool):
         return False  # it goes by models that have still to be trained
     why = open_search(plan, folder).ended
-    if why is not None and folder.search_ended() is None:  # the process that found out was killed
-        write_search(folder, ended=why, n_proposed=0)
-    if why is None and _n_left(plan, folder, out=()) <= 0:
+    if why is not None and folder.search_state().get("ended") is None:  # the process that found out was killed
+        write_search(folder, view=view_for(plan, folder), ended=why)
+    if why is None and not n_left:
         why = f"all {plan.n_to_run} trials that the search may try have ended"
     if why is None:
         return False
@@ -132,17 +142,18 @@ def _has_run_out(plan: Plan, folder: SweepFolder, words: Words) -> bool:
     return True
 
 
-def _n_left(plan: Plan, folder: SweepFolder, out: Iterable[str]) -> int:
-    """Trials that a search may still run; dropped ones, and those of `out`, do not count as tried."""
-    rows = folder.rows()
-    dropped = {trial_id for trial_id, row in rows.items() if row.get("status") == "dropped"}
-    n_ended = sum(has_ended(row) for row in rows.values()) - len(dropped)
-    return min(plan.n_to_run, len(plan.trials) - len(dropped.union(out))) - n_ended
-
-
-def _reads_references(plan: Plan) -> bool:
-    """Whether trials read the folders of retain-only models while they run."""
-    return any(config.logging.eval_tofu for config in plan.configs.values())
+def _complete_references(plan: Plan, folder: SweepFolder, around: Surroundings, *, dashboard: bool) -> None:
+    """Make the retain-only models that trials which ran still lack; those that failed are tried again."""
+    ran = [trial_id for trial_id, row in folder.rows().items() if has_ended(row) and row["status"] != "dropped"]
+    lacking = set(lacking_references(plan, folder.references(), ran))
+    if not lacking:
+        return
+    around.words.say(f"no trial is left to run; retain-only models that trials have still to be compared with: {len(lacking)}")
+    trials = (trial if trial.reference in lacking else replace(trial, reference=None) for trial in plan.trials)
+    with ready_on_ray(replace(plan, trials=tuple(trials)), [], folder, around, dashboard=dashboard) as ready:
+        ready.provided.references.wait()
+    if is_searched(plan.search):  # its last words may be others now
+        write_search(folder, view=view_for(plan, folder), ended=open_search(plan, folder).ended)
 
 
 def _run_trials(
@@ -150,15 +161,19 @@ def _run_trials(
 ) -> None:
     """Run those of the trials that the search chooses."""
     plan, provided, slots = ready.plan, ready.provided, around.slots
-    proposals, n_all, n_left = None, len(plan.trials), len(todo)
+    proposals = None
+    original_of = {trial.trial_id: trial.original for trial in plan.trials}
+    out = {trial_id for trial_id in folder.unfinished(plan) if original_of[trial_id] in provided.failed}
+    stand = standing(plan, folder.rows(), out)
+    say_how = functools.partial(write_search, folder, view=view_for(plan, folder, out), n_left_out=len(out))
     if is_searched(plan.search):
-        may_run = set(folder.unfinished(plan))
-        out = {trial.trial_id for trial in plan.trials if trial.original in provided.failed and trial.trial_id in may_run}
-        n_left = _n_left(plan, folder, out)
-        n_all = n_left + sum(has_ended(row) and row["status"] != "dropped" for row in folder.rows().values())
-        begun = [trial_id for trial_id in todo if folder.trial(trial_id).exists()]
-        proposals = Proposals(begun, open_search(plan, folder, out), budget=n_left)
-    if n_left <= 0:
+        begun = [trial_id for trial_id in todo if was_begun(folder.trial(trial_id))]
+        proposals = Proposals(begun, open_search(plan, folder, out), budget=stand.n_left)
+        say_how(ended=proposals.ended)
+        if proposals.ended is not None:  # as the retain-only models tell that were made since
+            around.words.say(f"the search is over: {proposals.ended}")
+            return
+    if not stand.n_left:
         return
     shared = Shared(
         plan=plan,
@@ -172,13 +187,13 @@ def _run_trials(
         gpu_share=memory_cap(slots, around.machine),
         retain_references=provided.references.folders(),
     )
-    with Board(plan, around.words.console, n_ended=n_all - n_left, n_trials=n_all) as board:
-        follow = Follow(
-            plan, folder, board, around.signals, tell=proposals.tell if proposals else None, poll=provided.references.poll
-        )
+    board_of = Board(plan, around.words.console, n_ended=stand.n_ended, n_trials=stand.n_total)
+    with Runs(folder.runs_path) as runs, board_of as board:
+        tell = proposals.tell if proposals else None
+        follow = Follow(plan, folder, board, around.signals, tell=tell, poll=provided.references.poll, runs=runs)
         run_on_tune(
             shared, todo, slots, follow, proposals=proposals,
             scheduler=ready.schedule.scheduler, stopper=stopper, adjustable=ready.schedule.adjustable,
         )  # fmt: skip
     if proposals is not None:
-        write_search(folder, ended=proposals.ended, n_proposed=proposals.n_given)
+        say_how(ended=proposals.ended, n_proposed=proposals.n_given)

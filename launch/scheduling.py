@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hamu.tasks.catalog import modality_of
+from hamu.training.steps import steps_per_epoch, total_steps
 from launch.plan import Plan, data_key
-from tune_spaces.schedulers import PAUSING, adjustable_of, check_scheduler, make_scheduler
+from tune_spaces.schedulers import SCHEDULERS, adjustable_of, check_scheduler, make_scheduler
 
 if TYPE_CHECKING:
     from hamu.tasks.base import Data
@@ -51,16 +52,13 @@ def schedule_of(plan: Plan, data: Mapping[str, Data]) -> Schedule:
     every, total = max(every or total for every, total in steps), min(total for _, total in steps)
     values = adjustable_of([settings_of(config) for config in plan.configs.values()])
     scheduler = make_scheduler(plan.search, values, every=every, total=total)
-    return Schedule(scheduler=scheduler, adjustable=tuple(values) if plan.search.scheduler in PAUSING else ())
+    return Schedule(scheduler=scheduler, adjustable=tuple(values) if SCHEDULERS[plan.search.scheduler].pauses else ())
 
 
 def steps_of(config: TrainConfig, data: Mapping[str, Data]) -> tuple[int | None, int]:
     """Steps between two evaluations of a trial (None: it has none on its way), and steps in all, as its run counts them."""
-    training = config.training
-    n_pairs = max(1, config.run.num_workers // 2) if config.is_split else 1
-    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * n_pairs
-    per_epoch = -(-_n_retain(config, data) // rows_per_step)
-    return config.logging.every("eval", per_epoch), max(1, round(training.num_train_epochs * per_epoch))
+    per_epoch = steps_per_epoch(_n_retain(config, data), config.rows_per_step)
+    return config.logging.every("eval", per_epoch), total_steps(config.training.num_train_epochs, per_epoch)
 
 
 def settings_of(config: TrainConfig) -> dict[str, Any]:

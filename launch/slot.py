@@ -34,8 +34,9 @@ from hamu.training.records import Recorder
 from hamu.training.stop import StopReason
 from launch.attempts import UNSAID, Attempts
 from launch.plan import PlannedTrial
-from launch.results import SweepFolder, has_ended, trial_lock, write_json
+from launch.results import SweepFolder, trial_lock, write_json
 from launch.shared import Shared, failed_row, identity
+from launch.standing import has_ended
 from launch.states import STATE, drop_foreign_state, metrics_of, take_state, write_origin
 from launch.trial_row import memory_words, numbers, plain_metrics, read_row, said
 from launch.warm import WarmParts

@@ -8,23 +8,47 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hamu.reports.cost import cost_of, cost_text
+from hamu.reports.cost import cost_of, cost_text, wall_seconds
 from hamu.reports.page import write_results
-from hamu.reports.summary import summarise
+from hamu.reports.summary import not_compared_text, summarise
 from hamu.reports.tables import front_text
 from launch.machine import Machine, Slots
 from launch.plan import Plan
 from launch.results import SweepFolder, write_json
+from launch.runs import read_runs
+from launch.standing import resume_command
 
 
 def write_summary(plan: Plan, folder: SweepFolder, *, slots: Slots, machine: Machine) -> dict[str, Any]:
-    """Write trials.parquet, summary.json, pareto.png and report.html from the trials' rows, and return the summary."""
+    """Write trials.parquet, summary.json, pareto.png and report.html from the trials' rows, and return the summary.
+
+    It is that of `summarise`, with `search` (its settings and what search.json says), `references_failed` (why, by key),
+    `resume` (the command that goes on), `warm_start_s` and `versions`.
+    """
     rows = folder.write_trials()
-    cost = cost_of(rows, n_slots=slots.count, cpus_per_trial=slots.cpus_per_trial, gpus_per_trial=slots.gpus_per_trial)
+    runs = read_runs(folder.runs_path)
+    cost = cost_of(
+        rows, n_slots=slots.count, cpus_per_trial=slots.cpus_per_trial, gpus_per_trial=slots.gpus_per_trial,
+        wall_s=wall_seconds(rows, runs),
+    )  # fmt: skip
     summary = summarise(
-        rows, name=plan.name, space=plan.space, task=plan.task, slots=slots.count, hardware=machine.to_json(), cost=cost
+        rows,
+        name=plan.name,
+        space=plan.space,
+        task=plan.task,
+        slots=slots.count,
+        hardware=machine.to_json(),
+        cost=cost,
+        runs=runs,
     )
-    summary |= {"search": dataclasses.asdict(plan.search) | {"n_pool": len(plan.trials), "ended": folder.search_ended()}}
+    state = folder.search_state()
+    search = {"n_pool": len(plan.trials), **{name: state.get(name) for name in ("ended", "view", "left_out")}}
+    summary |= {"search": dataclasses.asdict(plan.search) | search}
+    known = folder.references()
+    summary |= {
+        "references_failed": {key: known[key]["error"] for key in plan.references if "error" in known.get(key, {})},
+        "resume": resume_command(plan),
+    }
     summary |= {"warm_start_s": warm_starts(list(folder.rows().values())), "versions": dict(plan.versions)}
     write_json(folder.summary, summary)
     write_results(folder.path, summary=summary)
@@ -64,8 +88,17 @@ def summary_text(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], 
         + f"{trials['failed']} failed; "
         f"{summary['infeasible']} stopped infeasible, {summary['infeasible_at_start']} of them without a step",
     ]
-    if summary["search"]["ended"] is not None:
-        lines.append(f"search: {summary['search']['ended']}")
+    search = summary["search"]
+    if search["ended"] is not None:
+        lines.append(f"search: {search['ended']}")
+    if search["left_out"]:
+        lines.append(
+            f"search: {search['left_out']} trials were left out, as their original failed; go on with: {summary['resume']}"
+        )
+    if search["view"] not in (None, summary["view"]):
+        lines.append(f"the search went by the {search['view']} view")
+    if words := not_compared_text(summary):
+        lines.append(words)
     if summary["gradient_product"] is not None:
         lines.append(
             f"S {summary['gradient_product']:.3g}, largest feasible constraint ratio {summary['max_constraint_ratio']:.3g} "
@@ -73,4 +106,7 @@ def summary_text(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], 
         )
     lines.append(cost_text(summary["cost"]))
     lines += [f"failed: {row['trial_id']}: {row['error']}" for row in rows if row["status"] == "failed"]
+    lines += [f"failed: the retain-only model {key}: {error}" for key, error in summary["references_failed"].items()]
+    if summary["references_failed"]:
+        lines.append(f"the trials of a failed retain-only model are not compared; make it with: {summary['resume']}")
     return "\n".join([*lines, f"report: {report}"])

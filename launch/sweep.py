@@ -37,9 +37,11 @@ from launch.machine import Machine, Slots, choose_slots, this_machine  # noqa: E
 from launch.pairing import pairing_of  # noqa: E402
 from launch.plan import Plan, make_plan, read_overrides, said_once  # noqa: E402
 from launch.plan_text import plan_text, spaces_text  # noqa: E402
-from launch.results import SweepFolder, check_free, find_sweep, has_ended  # noqa: E402
+from launch.results import SweepFolder, check_free, find_sweep  # noqa: E402
 from launch.scheduling import check_schedule  # noqa: E402
+from launch.search_checks import check_search  # noqa: E402
 from launch.signals import Interrupted, Signals  # noqa: E402
+from launch.standing import left_words, resume_command, standing  # noqa: E402
 from tune_spaces.space import find_space, list_spaces, load_space  # noqa: E402
 
 
@@ -63,6 +65,7 @@ def prepare(args: argparse.Namespace) -> tuple[Plan, SweepFolder]:
         check_free(folder, space=plan.space, root=root)
     check_plan(plan, asks_hub=not args.dry_run)
     check_schedule(plan)
+    check_search(plan)
     return plan, folder
 
 
@@ -119,7 +122,8 @@ def run(
             check_free(folder, space=plan.space, root=plan.root)
             folder.start(plan)
         prepare_environment(_ROOT)
-        words.say(f"sweep {plan.name}: {plan.space}, {_left_text(plan, folder)}, {slots.describe()}; {folder.path}")
+        left = left_words(plan, standing(plan, folder.rows()))
+        words.say(f"sweep {plan.name}: {plan.space}, {left}, {slots.describe()}; {folder.path}")
         for line in (*said_once(plan), *([slots.warning] if slots.warning else [])):
             print(f"warning: {line}", file=sys.stderr)
         try:
@@ -135,11 +139,11 @@ def run(
                 shutil.rmtree(folder.path)  # nothing has run, and the plan cannot be mended: its name is free again
             raise
         except Interrupted as interrupted:
-            rows = folder.write_trials()
-            finished = sum(map(has_ended, rows))
+            folder.write_trials()
+            stand = standing(plan, folder.rows())
             print(
-                f"stopped by {signal.Signals(interrupted.number).name}: {finished} of {plan.n_to_run} trials finished "
-                f"and kept; go on with: {_resume_command(plan)}",
+                f"stopped by {signal.Signals(interrupted.number).name}: {stand.n_ended} of {stand.n_total} trials finished "
+                f"and kept; go on with: {resume_command(plan)}",
                 file=sys.stderr,
             )
             return 128 + interrupted.number
@@ -149,7 +153,7 @@ def run(
     print("\n" + summary_text(summary, rows, folder.report))
     failed = summary["trials"]["failed"]
     if failed:
-        print(f"{failed} trials failed; try them again with: {_resume_command(plan)}", file=sys.stderr)
+        print(f"{failed} trials failed; try them again with: {resume_command(plan)}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -166,18 +170,6 @@ def _probe(plan: Plan, *, slots: Slots, machine: Machine, n_probe: int | None) -
         from launch.runner import probe_sweep
 
         probe_sweep(plan, slots=slots, machine=machine, words=words, signals=signals, n_probe=n_probe)
-
-
-def _left_text(plan: Plan, folder: SweepFolder) -> str:
-    ended = len(plan.trials) - len(folder.unfinished(plan))
-    how = "the target" if plan.search.target else plan.search.name
-    pool = f" (of {len(plan.trials)}, picked by {how})" if plan.n_to_run < len(plan.trials) else ""
-    return f"{max(0, plan.n_to_run - ended)} of {plan.n_to_run} trials to run{pool}"
-
-
-def _resume_command(plan: Plan) -> str:
-    place = "" if plan.root == Path("artifacts") else f" --storage-path {plan.root}"
-    return f"python launch/sweep.py --resume {plan.name}{place}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -203,8 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         hardness = {"n_probe": args.probe, "prune_infeasible": args.prune_infeasible}
         if args.dry_run:
-            finished = len(plan.trials) - len(folder.unfinished(plan))
-            print(plan_text(plan, machine=machine, slots=slots, folder=str(folder.path), finished=finished))
+            stand = standing(plan, folder.rows())
+            print(plan_text(plan, machine=machine, slots=slots, folder=str(folder.path), stand=stand))
             for line in missing_models(plan):
                 print(f"warning: {line}; fetch it first, with --fetch", file=sys.stderr)
             if args.probe is not None or args.prune_infeasible:

@@ -18,8 +18,8 @@ MIN_GAIN = 1e-3
 class NoGain:
     """Ends when the hypervolume of the ended trials has not grown, by more than MIN_GAIN of itself, over the last `patience`.
 
-    Failed and pruned trials count as ended; dropped ones, which never ran, do not. Where the number of classes is not known
-    there is no hypervolume, and the rule never ends a search.
+    Pruned trials count as ended; dropped ones, which never ran, do not, nor failed ones, which a resumed sweep tries again. As
+    long as there is no hypervolume (no trial with a place in the view yet, or the number of classes not known) none counts.
     """
 
     def __init__(self, view: View, patience: int) -> None:
@@ -29,14 +29,14 @@ class NoGain:
 
     def tell(self, trial_id: str, row: Mapping[str, Any]) -> None:
         """Learn of a trial that ended."""
-        if status_of(row) == "dropped":
+        if status_of(row) in ("dropped", "failed"):
             return
         self._front = pareto_front([*self._front, {**row, "trial_id": trial_id}], self._view)
         area = hypervolume(self._front, self._view)
-        if self._front and area is None:
+        if area is None:
             return
         self._since_gain += 1
-        if area is not None and area > self._largest * (1.0 + MIN_GAIN):
+        if area > self._largest * (1.0 + MIN_GAIN):
             self._largest, self._since_gain = area, 0
 
     @property

@@ -5,8 +5,9 @@ Only this file imports optuna, and only when a search is made.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class OptunaChooser:
 
     Args:
         pool: the trials.
-        sampler: "tpe" or "nsga2".
+        sampler: a name of SAMPLERS.
         seed: of the start and of the sampler.
         view: its axes are the two objectives, both to be large. A trial without a place in it (failed, pruned, diverged) has no
             result: the sampler is told that it failed.
@@ -55,7 +56,7 @@ class OptunaChooser:
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            made = _sampler(optuna, sampler, seed)
+            made = SAMPLERS[sampler](optuna, seed)
         self._study = optuna.create_study(directions=["maximize", "maximize"], sampler=made)
         self._generation_of = getattr(made, "get_trial_generation", None)
         self._running: dict[str, Any] = {}
@@ -107,22 +108,37 @@ class OptunaChooser:
             self._study.tell(asked, list(values))
 
 
-def _sampler(optuna: Any, name: str, seed: int) -> Any:
-    if name == "nsga2":
-        # Small, as a budget is a few dozen trials: with the usual population of 50 all of them would be chosen at random. The
-        # usual mutation (one setting of each child) is chance again where there are two or three settings.
-        return optuna.samplers.NSGAIISampler(population_size=5, mutation_prob=0.2, seed=seed)
+def _nsga2(optuna: Any, seed: int) -> Any:
+    # Small, as a budget is a few dozen trials: with the usual population of 50 all of them would be chosen at random. The
+    # usual mutation (one setting of each child) is chance again where there are two or three settings.
+    return optuna.samplers.NSGAIISampler(population_size=5, mutation_prob=0.2, seed=seed)
+
+
+def _tpe(optuna: Any, seed: int) -> Any:
     # constant_liar: a trial that runs beside counts as a bad one, so that the next is not put next to it.
     return optuna.samplers.TPESampler(n_startup_trials=START, multivariate=True, constant_liar=True, seed=seed)
 
 
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ModuleNotFoundError:
+SAMPLERS: dict[str, Callable[[Any, int], Any]] = {"tpe": _tpe, "nsga2": _nsga2}
+"""Samplers by the name of their search: what makes one of optuna and a seed."""
+
+
+def check_optuna() -> None:
+    """Refuse to go on without optuna, which is not imported here.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if importlib.util.find_spec("optuna") is None:
         raise ConfigError(
-            "searches 'tpe' and 'nsga2' need optuna, which is not installed; "
+            f"searches {' and '.join(map(repr, SAMPLERS))} need optuna, which is not installed; "
             "run: pip install 'hamu-sweeps[search]', or use search grid or random"
-        ) from None
+        )
+
+
+def _optuna() -> Any:
+    check_optuna()
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # it would log every trial beside the sweep's own lines
     return optuna

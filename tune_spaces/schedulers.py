@@ -11,17 +11,18 @@ many steps in a row it must hold and at what margin are settings of the trial (`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hamu.errors import ConfigError
 from hamu.reports.views import enough
-from tune_spaces.search import SearchSettings
+
+if TYPE_CHECKING:
+    from tune_spaces.search import SearchSettings
 
 TIME = "step"
 ADJUSTABLE = ("learning_rate", "constraint_ratio")
 """Settings that population based training may change where they vary in a plan."""
-PAUSING = frozenset({"pbt"})
-"""Schedulers that have to know all trials from the start."""
 
 _METHOD = "unlearning_method"
 _FACTOR = 3
@@ -52,9 +53,9 @@ def check_scheduler(settings: SearchSettings, pool: Sequence[Mapping[str, Any]],
     name = settings.scheduler
     if name is None:
         return
-    if settings.score == "forget_closeness":
+    if settings.score.removeprefix("-") == "forget_closeness":
         raise ConfigError(
-            f"scheduler {name!r} with score 'forget_closeness': a trial that runs is not compared with a retrained model; use "
+            f"scheduler {name!r} with score {settings.score!r}: a trial that runs is not compared with a retrained model; use "
             "--score balance, or --score forget_quality"
         )
     if any(config.get("eval_strategy") == "no" for config in pool):
@@ -62,7 +63,7 @@ def check_scheduler(settings: SearchSettings, pool: Sequence[Mapping[str, Any]],
             f"scheduler {name!r} goes by the trials' evaluations, and eval_strategy is 'no'; use --set eval_strategy=epoch, or "
             "leave out --scheduler"
         )
-    if name not in PAUSING:
+    if not SCHEDULERS[name].pauses:
         return
     if settings.name != "grid":
         raise ConfigError(
@@ -117,24 +118,57 @@ def make_scheduler(settings: SearchSettings, adjustable: Mapping[str, Sequence[f
             f"scheduler {settings.scheduler!r}: trials of {total} steps that evaluate every {every} end before it can decide "
             "anything; use --set eval_strategy=steps --set eval_steps=0.25 (of an epoch), or more epochs"
         )
-    score: dict[str, Any] = {
-        "metric": settings.score.removeprefix("-"),
-        "mode": "min" if settings.score.startswith("-") else "max",
-    }
-    if settings.scheduler == "asha":
-        from ray.tune.schedulers import ASHAScheduler
+    return SCHEDULERS[settings.scheduler].make(settings, adjustable, every=every, total=total)
 
-        # No decision at the last step: a trial that has come so far is not called stopped.
-        last = max(every, total - 1)
-        return ASHAScheduler(
-            time_attr=TIME, **score, grace_period=every, max_t=last, reduction_factor=_FACTOR, stop_last_trials=False
-        )
-    from ray.tune.schedulers import PopulationBasedTraining
 
-    return PopulationBasedTraining(
+class Make(Protocol):
+    """Makes a scheduler of Ray Tune; as `make_scheduler`."""
+
+    def __call__(self, settings: SearchSettings, adjustable: Mapping[str, Sequence[float]], *, every: int, total: int) -> Any:
+        """The scheduler."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler:
+    """An entry of SCHEDULERS. pauses: it has trials wait for each other, so that it has to know all of them from the start."""
+
+    make: Make
+    pauses: bool
+
+
+def _halving(settings: SearchSettings, adjustable: Mapping[str, Sequence[float]], *, every: int, total: int) -> Any:
+    from ray.tune.schedulers import ASHAScheduler
+
+    # No decision at the last step: a trial that has come so far is not called stopped.
+    return ASHAScheduler(
         time_attr=TIME,
-        **score,
+        **_score_of(settings),
+        grace_period=every,
+        max_t=max(every, total - 1),
+        reduction_factor=_FACTOR,
+        stop_last_trials=False,
+    )
+
+
+def _population(settings: SearchSettings, adjustable: Mapping[str, Sequence[float]], *, every: int, total: int) -> Any:
+    from tune_spaces.seeded_population import SeededPopulation
+
+    return SeededPopulation(
+        seed=settings.seed,
+        time_attr=TIME,
+        **_score_of(settings),
         perturbation_interval=every,
         hyperparam_mutations={name: list(values) for name, values in adjustable.items()},
         require_attrs=False,
     )
+
+
+def _score_of(settings: SearchSettings) -> dict[str, Any]:
+    return {"metric": settings.score.removeprefix("-"), "mode": "min" if settings.score.startswith("-") else "max"}
+
+
+SCHEDULERS: dict[str, Scheduler] = {
+    "asha": Scheduler(make=_halving, pauses=False),
+    "pbt": Scheduler(make=_population, pauses=True),
+}
+"""The schedulers by name."""

@@ -11,7 +11,7 @@ A plan lists every trial; a search picks from this pool, never the same trial tw
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,14 +20,17 @@ from hamu.reports.views import View
 from hamu.training.records import METRIC_COLUMNS
 from tune_spaces.ending_rules import NoGain, TargetMet
 from tune_spaces.goals import Condition, parse_conditions
-from tune_spaces.optuna_search import OptunaChooser
+from tune_spaces.optuna_search import SAMPLERS, OptunaChooser
 from tune_spaces.pool import Pool
 from tune_spaces.pool_search import Chooser, InOrder, PoolSearch, Rule
+from tune_spaces.schedulers import SCHEDULERS
 from tune_spaces.target_search import TargetChooser
 
-SEARCHES = ("grid", "random", "tpe", "nsga2")
-SCHEDULERS = ("asha", "pbt")
+__all__ = ["BALANCE", "SCHEDULERS", "SEARCHES", "Search", "SearchSettings", "make_search"]
+
 BALANCE = "balance"
+Settings = Mapping[str, Mapping[str, Any]]
+"""trial_id -> flat settings, of every trial of a plan."""
 _UNTIL = re.compile(r"no-gain:(?P<trials>[1-9]\d*)")
 
 
@@ -36,9 +39,9 @@ class SearchSettings:
     """How a sweep searches; `dataclasses.asdict` gives its JSON.
 
     Args:
-        name: "grid" (in order), "random", "tpe" or "nsga2".
+        name: of SEARCHES: "grid" (in order), "random", or a sampler of optuna, "tpe" or "nsga2".
         trials: the most trials of the plan that run; None: all for a grid without a target, half of them else, see `budget`.
-        seed: of every choice.
+        seed: of every choice, that of a scheduler too.
         until: "no-gain:10": propose no more when the hypervolume has not grown over the last 10 trials that ended.
         target, keep: conditions (tune_spaces/goals.py) that a trial must meet; with them the cheapest such trial is searched for.
         scheduler: "asha", "pbt" or None.
@@ -111,7 +114,7 @@ class Search(Protocol):
         """Why nothing more is proposed, in words; None while it goes on, and for a grid or budget that was used up."""
 
 
-def make_search(settings: SearchSettings, pool: Mapping[str, Mapping[str, Any]], *, view: View) -> Search:
+def make_search(settings: SearchSettings, pool: Settings, *, view: View) -> Search:
     """Build the search that the settings name.
 
     Args:
@@ -131,14 +134,26 @@ def make_search(settings: SearchSettings, pool: Mapping[str, Mapping[str, Any]],
         rules.append(TargetMet(conditions))
     if settings.patience is not None:
         rules.append(NoGain(view, settings.patience))
-    return PoolSearch(ids, _chooser(settings, pool, view), budget=settings.budget(len(ids)), rules=rules)
+    return PoolSearch(ids, SEARCHES[settings.name](settings, pool, view), budget=settings.budget(len(ids)), rules=rules)
 
 
-def _chooser(settings: SearchSettings, pool: Mapping[str, Mapping[str, Any]], view: View) -> Chooser:
-    if settings.name == "random":
-        return InOrder(tuple(pool), settings.seed)
+def _in_order(settings: SearchSettings, pool: Settings, view: View) -> Chooser:
     if settings.conditions:
         return TargetChooser(Pool(pool), settings.conditions, seed=settings.seed)
-    if settings.name == "grid":
-        return InOrder(tuple(pool))
+    return InOrder(tuple(pool))
+
+
+def _by_chance(settings: SearchSettings, pool: Settings, view: View) -> Chooser:
+    return InOrder(tuple(pool), settings.seed)
+
+
+def _by_sampler(settings: SearchSettings, pool: Settings, view: View) -> Chooser:
     return OptunaChooser(Pool(pool), sampler=settings.name, seed=settings.seed, view=view)
+
+
+SEARCHES: dict[str, Callable[[SearchSettings, Settings, View], Chooser]] = {
+    "grid": _in_order,
+    "random": _by_chance,
+    **dict.fromkeys(SAMPLERS, _by_sampler),
+}
+"""What makes the chooser of a search, by its name."""

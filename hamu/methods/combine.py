@@ -113,12 +113,12 @@ def decide_step(
         )
     if lr is not None and not (math.isfinite(lr) and lr > 0):
         raise ConfigError(f"lr {lr} must be a finite number > 0; give a positive learning rate")
-    n_blocks = len(grams.cross)
+    n_blocks, is_one = len(grams.cross), rules.full_grad or method.one_block
     if not grams.is_finite:
-        return _withheld(n_blocks, STOP_NON_FINITE, constraint=float("nan"))
+        return _withheld(n_blocks, STOP_NON_FINITE, constraint=float("nan"), n_ratios=1 if is_one else n_blocks)
     if clip != (1.0, 1.0):
         grams = grams.scaled(*clip)
-    blocks = grams.total() if rules.full_grad or method.one_block else grams
+    blocks = grams.total() if is_one else grams
     # Limits belong to the pair that the rule reads: HAMU-U's radius and split are those of (-g_f, -g_r).
     roles = blocks.swapped() if method.swaps_roles else blocks
     limits = StepLimits(
@@ -130,7 +130,8 @@ def decide_step(
         continue_infeasible=rules.on_infeasible == "continue",
     )
     if limits.continue_infeasible and not np.isfinite(limits.constraint).all():
-        return _withheld(n_blocks, STOP_INFEASIBLE, constraint=float("inf"))  # raw softmax shares can overflow
+        # Raw softmax shares can overflow.
+        return _withheld(n_blocks, STOP_INFEASIBLE, constraint=float("inf"), n_ratios=len(blocks.cross))
     weights = method.rule(blocks, limits)
     is_withheld = not limits.continue_infeasible and bool((weights.branches == "infeasible").any())
     if is_withheld:
@@ -224,7 +225,7 @@ def combine_gradients(
     )
 
 
-def _withheld(n_blocks: int, reason: str, *, constraint: float) -> Decision:
+def _withheld(n_blocks: int, reason: str, *, constraint: float, n_ratios: int) -> Decision:
     nan = float("nan")
     return Decision(
         table=np.zeros((n_blocks, 2)),
@@ -239,6 +240,7 @@ def _withheld(n_blocks: int, reason: str, *, constraint: float) -> Decision:
             split_constraint_ratio=nan,
             predicted_retain_change=nan,
             predicted_forget_change=nan,
+            block_ratios=np.full(n_ratios, nan),
         ),
         stop_reason=reason,
     )

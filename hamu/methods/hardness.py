@@ -6,7 +6,7 @@ HAMU-U is HAMU-Q: (g_r, g_f) for hamu-q, (-g_f, -g_r) for hamu-u.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Hardness:
     criterion. margins: by rule of STOPPING_RULES; a rule fires where its margin is positive. max_constraint_ratio: largest
     constraint ratio whose step the sign-aware bound allows, nan without lr. split_constraint_ratio: largest ratio that every
     block can meet with the split at hand, inf without a constraint. predicted_*_change: first-order change of the two losses.
+    block_ratios: what each block adds to max_constraint_ratio, shape (n_blocks,); one block in full-gradient mode.
     """
 
     kappa: float
@@ -32,6 +33,7 @@ class Hardness:
     split_constraint_ratio: float
     predicted_retain_change: float
     predicted_forget_change: float
+    block_ratios: np.ndarray = field(compare=False, repr=False)
 
     @property
     def stopping_margin(self) -> float:
@@ -89,7 +91,8 @@ def measure_hardness(grams: Grams, limits: StepLimits, weights: Weights, *, swap
     sin = np.sqrt(roles.sin2)
     reach = limits.radius * roles.forget_norm
     aggregate = float((reach * sin).sum())
-    feasible = float((reach * np.where(roles.cross > 0, sin, 1.0)).sum())
+    of_blocks = reach * np.where(roles.cross > 0, sin, 1.0)
+    feasible = float(of_blocks.sum())
     total = float(limits.constraint.sum())
     asked = limits.constraint > 0
     with np.errstate(over="ignore"):
@@ -109,4 +112,5 @@ def measure_hardness(grams: Grams, limits: StepLimits, weights: Weights, *, swap
         split_constraint_ratio=headroom * total / limits.lr if total > 0 else headroom,
         predicted_retain_change=retain_change,
         predicted_forget_change=forget_change,
+        block_ratios=of_blocks / limits.lr if limits.lr > 0 else np.full_like(of_blocks, np.nan),
     )

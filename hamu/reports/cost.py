@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Row = Mapping[str, Any]
+from hamu.reports.rows import Row, is_finite
 
 RAN = ("finished", "pruned", "failed")
 """Statuses of trials that a slot has begun; a dropped one was never run."""
@@ -29,11 +30,11 @@ def cost_of(
     """Add up what the trials of a sweep have cost.
 
     Args:
-        rows: of trials, in the columns of TRIAL_SCHEMA; those that never ran count as dropped.
+        rows: of trials, in the columns of TRIAL_SCHEMA; those without a start never ran (dropped, or without an original).
         n_slots: trials at once.
         cpus_per_trial, gpus_per_trial: what a slot holds; a share of a GPU counts as that share of an hour.
-        wall_s: seconds that trials were run for; default: from the first start to the last end, which in a resumed sweep spans
-            the time between.
+        wall_s: seconds that trials were run for; default: `wall_seconds` of the rows alone, which in a resumed sweep spans the
+            time between.
 
     Returns:
         n_trials: that ran. wall_s. trials_per_hour: None where no time passed. busy_s: of trials, seconds from start to end, over
@@ -50,7 +51,7 @@ def cost_of(
         if row.get("started_at") is not None and row.get("ended_at") is not None
     ]
     if wall_s is None:
-        wall_s = max(end for _, end in spans) - min(start for start, _ in spans) if spans else 0.0
+        wall_s = wall_seconds(ran) or 0.0
     busy_s = sum(max(0.0, end - start) for start, end in spans)
     n_units = gpus_per_trial or cpus_per_trial
     return {
@@ -64,6 +65,23 @@ def cost_of(
         "unit_hours": busy_s * n_units / 3600,
         **_saved(ran),
     }
+
+
+def wall_seconds(rows: Sequence[Row], runs: Sequence[Mapping[str, float]] = ()) -> float | None:
+    """Seconds in which trials of a sweep ran, the pauses between its runs left out; None where none did.
+
+    Args:
+        rows: of trials.
+        runs: `started_at` and `ended_at` of each run of the sweep, unix seconds, in order. Trials that ended before the first of
+            them, in a sweep whose runs were not kept then, count from the first start to the last end.
+    """
+    kept_from = min((run["started_at"] for run in runs), default=math.inf)
+    times = [(row.get("started_at"), row.get("ended_at")) for row in rows]
+    before = [(start, end) for start, end in times if is_finite(start) and is_finite(end) and end < kept_from]
+    spans = [(run["started_at"], run["ended_at"]) for run in runs]
+    if before:
+        spans.append((min(start for start, _ in before), max(end for _, end in before)))
+    return sum(end - start for start, end in spans) if spans else None
 
 
 def cost_text(cost: Mapping[str, Any]) -> str:

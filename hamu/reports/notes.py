@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from hamu.reports.summary import not_compared_text
 from hamu.reports.tables import MAX_RETAIN_ACCURACY_LOSS
 
 
@@ -27,7 +28,8 @@ def notes_html(summary: Mapping[str, Any]) -> str:
         "retain utility is minus the rise of the retain loss. Up and right is better; the original is at (0, 0).",
         "This view has no upper end and rewards over-forgetting: a model that is confidently wrong on the forgotten "
         "rows, as after gradient ascent, scores higher than one that was never shown them. A membership AUC far from "
-        "0.5 on either side is a sign of it; this report has no retrained model to compare with.",
+        "0.5 on either side is a sign of it; this report has no retrained model to compare"
+        + (" all trials with." if summary.get("not_compared") else " with."),
     )
     counts = (
         ""
@@ -36,6 +38,7 @@ def notes_html(summary: Mapping[str, Any]) -> str:
         "retain utility is taken."
     )
     notes: tuple[str, ...] = (
+        *([f"{missing}."] if (missing := not_compared_text(summary)) else []),
         *(axes if is_reference else paper),
         "The setting to use is the trial of the front with the most forgetting among those whose retain accuracy is at "
         f"most {percent} % under the original's.{counts} It was chosen and is reported on the same rows, so "

@@ -29,7 +29,7 @@ from hamu.reports.timing import peaks_text
 from hamu.reports.views import View
 from hamu.training.records import read_trials, replacing
 
-_FACTS = ("name", "space", "task", "slots", "hardware", "cost", "search")
+_FACTS = ("name", "space", "task", "slots", "hardware", "cost", "search", "references_failed")
 
 # Column of a trial, its heading, its format: "g" a number, "%" a share shown in percent, "s" words.
 _SETTING_COLUMNS = {
@@ -91,8 +91,9 @@ def _summary_of(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
             facts.update({key: known[key] for key in _FACTS if known.get(key) is not None})
     if isinstance(facts["space"], Mapping):  # a plan may hold the whole space, not its name
         facts["space"] = facts["space"].get("name", folder.name)
-    search = facts.pop("search", None)
-    return summarise(rows, **facts) | ({} if search is None else {"search": search})
+    of_the_launcher = {key: facts.pop(key) for key in ("search", "references_failed") if key in facts}
+    runs = json.loads((folder / "runs.json").read_text(encoding="utf-8")) if (folder / "runs.json").exists() else ()
+    return summarise(rows, runs=runs, **facts) | of_the_launcher
 
 
 def _write_page(folder: Path, rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
@@ -198,10 +199,12 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     search = summary.get("search")
     stopped = search.get("ended") if isinstance(search, Mapping) else None
     cost = cost_text(summary["cost"]).splitlines() if summary.get("cost") else []
+    lost = "; ".join(f"{key}: {error}" for key, error in (summary.get("references_failed") or {}).items())
     return [
         ("trials", f"{trials['total']}: {ended}, {trials['failed']} failed, {trials['pruned']} pruned{dropped}"),
         *([] if summary.get("timing") else [("hypervolume of the Pareto front", measured)]),
         *([("search", str(stopped))] if stopped else []),
+        *([("retain-only models that failed", lost)] if lost else []),
         ("stopped infeasible", f"{summary['infeasible']} ({summary['infeasible_at_start']} before the first step)"),
         ("S at the first step", _with_range(summary, "gradient_product")),
         ("largest feasible constraint ratio at the first step", _with_range(summary, "max_constraint_ratio")),

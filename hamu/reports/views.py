@@ -3,7 +3,7 @@
 paper      forget_quality (rise of the forget loss, nats) against retain_utility (minus the rise of the retain loss, nats)
 reference  forget_closeness (1: like the retrained model, 0: as far from it as the original) against retain_utility
 
-The paper view rewards over-forgetting, so a sweep with retrained models is read in the reference view.
+The paper view rewards over-forgetting, so a sweep with retrained models for all its trials is read in the reference view.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from hamu.errors import ConfigError, unknown
 from hamu.reports.rows import Row, classes_of, is_finite, status_of
 
-VIEWS = {"paper": ("forget_quality", "retain_utility"), "reference": ("forget_closeness", "retain_utility")}
+_CLOSENESS = "forget_closeness"
+VIEWS = {"paper": ("forget_quality", "retain_utility"), "reference": (_CLOSENESS, "retain_utility")}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,25 @@ def enough(n_classes: int | None) -> float:
     return math.inf if n_classes is None else 2.0 * math.log(n_classes)
 
 
-def view_of(rows: Iterable[Row]) -> View:
-    """The reference view where any trial was compared with a retrained model, else the paper view."""
-    return View("reference" if any(is_finite(row.get("forget_closeness")) for row in rows) else "paper")
+def view_of(rows: Iterable[Row], *, to_come: Iterable[bool] = ()) -> View:
+    """The reference view where each trial that can be compared with a retrained model was, else the paper view.
+
+    In a view that only some trials have a place in, the others would be lost without a word.
+
+    Args:
+        rows: of trials that ended; those without a finite place in either view (failed, pruned, diverged) decide nothing.
+        to_come: of each trial that has still to run, whether its retrained model is there to compare it with.
+    """
+    compared = [is_finite(row.get(_CLOSENESS)) for row in rows if _has_place(row)] + list(to_come)
+    return View("reference" if compared and all(compared) else "paper")
+
+
+def not_compared(rows: Iterable[Row]) -> list[str]:
+    """Ids of the trials that lack the comparison with a retrained model that others have; why `view_of` is the paper view."""
+    placed = [row for row in rows if _has_place(row)]
+    lacking = [str(row.get("trial_id")) for row in placed if not is_finite(row.get(_CLOSENESS))]
+    return lacking if len(lacking) < len(placed) else []
+
+
+def _has_place(row: Row) -> bool:
+    return status_of(row) == "finished" and any(all(is_finite(row.get(axis)) for axis in axes) for axes in VIEWS.values())

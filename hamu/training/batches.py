@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hamu.methods.base import Method
+from hamu.training.steps import steps_per_epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class BatchPlan:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
-        return -(-self.n_retain // self.rows_per_step)
+        return steps_per_epoch(self.n_retain, self.rows_per_step)
 
     def retain(self, step: int) -> Tensor:
         """Positions in the retain set of a paired step, shape (<= rows_per_step,)."""

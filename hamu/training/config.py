@@ -167,6 +167,16 @@ class TrainConfig:
         return self.run.gradient_pairing == "split-gpu"
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of each role a step, as `rows_per_step_of` the run's own number of processes."""
+        return self.rows_per_step_of(self.run.num_workers)
+
+    def rows_per_step_of(self, n_processes: int) -> int:
+        """Rows of each role a step in so many processes: a pair takes the rows of one; in plain training each process does."""
+        n_shares = max(1, n_processes // 2) if self.is_unlearning else n_processes
+        return self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps * n_shares
+
+    @property
     def is_hamu(self) -> bool:
         """Whether the method is HAMU-Q or HAMU-U, the ones with a constraint and a radius."""
         return self.method_name in HAMU_METHODS

@@ -30,6 +30,7 @@ from hamu.training.records import Recorder
 from hamu.training.run_parts import batches_of_step, make_engine, method_of, plan_batches, train_split
 from hamu.training.run_state import Parts, RunState, left_as_it_is, load_run, save_run
 from hamu.training.schedule import lr_factor, make_optimizer, rules_at
+from hamu.training.steps import total_steps
 from hamu.training.stop import StopReason
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class TrainingRun:
         check_constraint(config, self.engine.layout.n_blocks)
         self.plan = plan_batches(config, task, self.method, n_processes=self.group.size)
         steps_per_epoch = self.plan.steps_per_epoch
-        self.total_steps = max(1, round(config.training.num_train_epochs * steps_per_epoch))
+        self.total_steps = total_steps(config.training.num_train_epochs, steps_per_epoch)
         self._every = {kind: config.logging.every(kind, steps_per_epoch) for kind in ("logging", "eval", "save")}
         self.optimizer = make_optimizer(config, self.engine.params)
         self._state = RunState()

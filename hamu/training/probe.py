@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from hamu.methods.gram import Grams
     from hamu.training.loop import TrainingRun
 
+N_PAIRS = 3
+"""Pairs that a probe measures unless told otherwise."""
+
 SLACK = 1e-3
 """Default slack of `fires`: the Grams of another device, of more processes or of other kernels differ by less."""
 
@@ -38,6 +41,7 @@ class ProbedPairs:
 
     Of the clipped gradients, shape (n_pairs,) each, in the probed run's mode (blocks or one block, its radius, its role):
     product: S. aggregate_bound, feasible_bound: the largest constraint ratio at which that stopping rule does not fire.
+    block_bounds: what each block adds to feasible_bound, shape (n_pairs, n_blocks), or (n_pairs, 1) for one block.
     """
 
     blocks: tuple[str, ...]
@@ -49,6 +53,7 @@ class ProbedPairs:
     product: np.ndarray
     aggregate_bound: np.ndarray
     feasible_bound: np.ndarray
+    block_bounds: np.ndarray
     is_random: bool = False
 
     def __len__(self) -> int:
@@ -83,7 +88,11 @@ class ProbedPairs:
     @property
     def whole_angle(self) -> np.ndarray:
         """Angle between the whole gradients in radians, shape (n_pairs,); nan where one of them is zero."""
-        return _angle(*(part.sum(axis=1) for part in (self.retain, self.forget, self.cross)))
+        return self.angle_of(slice(None))
+
+    def angle_of(self, blocks: slice | np.ndarray) -> np.ndarray:
+        """Angle between the gradients of some blocks together, in radians, shape (n_pairs,); nan where one of them is zero."""
+        return _angle(*(part[:, blocks].sum(axis=1) for part in (self.retain, self.forget, self.cross)))
 
     def fires(self, config: TrainConfig, *, slack: float = SLACK) -> list[bool]:
         """Whether a trial would be stopped at each pair: by its criterion, if it ends at that at once, or as infeasible.
@@ -179,11 +188,11 @@ def probe_run(run: TrainingRun, n_pairs: int) -> ProbedPairs:
     grams = []
     with left_as_it_is(run.model):
         run.engine.set_training_mode()
-        before = _random_state(run.engine.layout.device)
+        before = _generator_state(run.engine.layout.device)
         for step in range(run.step, min(run.step + n_pairs, run.total_steps)):
             run.engine.gradients(*run.batches(step))
             grams.append(run.engine.read().grams)
-        is_random = not torch.equal(before, _random_state(run.engine.layout.device))
+        is_random = not torch.equal(before, _generator_state(run.engine.layout.device))
     loss_scale = run.engine.loss_scale
     names = tuple(name for name, param in run.model.named_parameters() if param.requires_grad)
     none = np.zeros(0)
@@ -197,6 +206,7 @@ def probe_run(run: TrainingRun, n_pairs: int) -> ProbedPairs:
         product=none,
         aggregate_bound=none,
         feasible_bound=none,
+        block_bounds=none,
     )
     found = [raw._decide(pair, run.config, 0.0).hardness for pair in range(len(raw))]
     return replace(
@@ -204,11 +214,12 @@ def probe_run(run: TrainingRun, n_pairs: int) -> ProbedPairs:
         product=np.array([hardness.gradient_product for hardness in found]),
         aggregate_bound=np.array([hardness.stopping_rhs / run.config.lr for hardness in found]),
         feasible_bound=np.array([hardness.max_constraint_ratio for hardness in found]),
+        block_bounds=np.stack([hardness.block_ratios for hardness in found]),
         is_random=is_random,
     )
 
 
-def _random_state(device: torch.device) -> torch.Tensor:
+def _generator_state(device: torch.device) -> torch.Tensor:
     """State of the generators that passes on a device draw from."""
     import torch
 

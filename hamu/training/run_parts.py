@@ -60,16 +60,14 @@ def make_engine(
 def plan_batches(config: TrainConfig, task: Task, method: Method, *, n_processes: int) -> BatchPlan:
     """Plan the rows of every step of a run in so many processes.
 
-    A pair of processes takes the rows of one; in plain training each process does. One process alone can do the steps of
-    several, by accumulation.
+    One process alone can do the steps of several, by accumulation.
     """
-    n = max(n_processes, config.run.num_workers if config.is_split else 1)
+    n = max(n_processes, config.run.num_workers)
     assert n_processes in (1, n), "the group has as many processes as the configuration says"
-    n_pairs = n if method is TRAINING else max(1, n // 2)
     return BatchPlan(
         n_retain=task.n_rows(train_split(config)),
         n_forget=task.n_rows("forget"),
-        rows_per_step=config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps * n_pairs,
+        rows_per_step=config.rows_per_step_of(n),
         seed=config.shuffle_seed if config.data.shuffle_dataset else None,
     )
 

@@ -56,10 +56,11 @@ def measure(way: str, n_trials: int = N_TRIALS, profile: str | None = None) -> d
     from launch.live import Board
     from launch.machine import Slots
     from launch.on_tune import run_on_tune
-    from launch.proposals import Proposals, is_searched, open_search
+    from launch.proposals import Proposals, open_search
     from launch.results import SweepFolder
     from launch.shared import Shared
     from launch.signals import Signals
+    from launch.standing import is_searched
     from tests.benchmarks.noop_trial import NoopTrial, noop_plan
 
     with tempfile.TemporaryDirectory() as root, ray_folder() as for_ray:

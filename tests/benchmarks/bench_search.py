@@ -122,12 +122,12 @@ def _short(value: Any) -> Any:
     return float(f"{value:.8g}") if isinstance(value, float) else value
 
 
-def shares(table: Table, name: str, view: View, seeds: Iterable[int]) -> list[float]:
-    """Share of the whole grid's hypervolume that a search's N_TRIALS reach, by seed."""
+def shares(table: Table, name: str, view: View, seeds: Iterable[int], *, n_trials: int = N_TRIALS) -> list[float]:
+    """Share of the whole grid's hypervolume that so many trials of a search reach, by seed."""
     whole = hypervolume(list(table.rows.values()), view) or 0.0
     found = []
     for seed in seeds:
-        ended, _ = play(SearchSettings(name=name, trials=N_TRIALS, seed=seed), table.pool, table.rows, view=view)
+        ended, _ = play(SearchSettings(name=name, trials=n_trials, seed=seed), table.pool, table.rows, view=view)
         found.append((hypervolume([table.rows[trial_id] for trial_id in ended], view) or 0.0) / whole)
     return found
 

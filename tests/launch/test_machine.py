@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hamu.errors import ConfigError
-from launch.machine import CONTEXT_BYTES, Machine, Slots, choose_slots, fit_slots, memory_cap, this_machine
+from launch.machine import CONTEXT_BYTES, Machine, Slots, choose_slots, fit_slots, fit_text, memory_cap, this_machine
 from launch.pairing import Pairing
 
 
@@ -136,6 +136,38 @@ def test_as_many_at_once_as_asked_for_and_as_there_are_trials() -> None:
     asked = choose_slots(machine, n_trials=100, max_concurrent=5, shares_gpus=True)
     assert fit_slots(asked, machine, GIB).count == 5
     assert fit_slots(asked, machine, 50 * GIB).count == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "n_trials", "asked", "count", "share", "cpus"),
+    [
+        (4, 4, {}, 4, 1.0, 16),  # a GPU for each
+        (4, 3, {}, 3, 1.0, 16),
+        (4, 6, {}, 6, 0.5, 8),
+        (4, 100, {"max_concurrent": 4}, 4, 1.0, 16),
+        (1, 3, {}, 3, 0.3333, 21),
+        (4, 100, {}, 24, 0.1666, 2),  # as many as the memory holds
+    ],
+)
+def test_trials_that_are_few_get_as_much_of_the_gpus_and_cores_as_there_is(
+    gpus: int, n_trials: int, asked: dict, count: int, share: float, cpus: int
+) -> None:
+    machine = gpu_machine(cpus=64, gpus=gpus, gib=80)
+    slots = fit_slots(choose_slots(machine, n_trials=n_trials, shares_gpus=True, **asked), machine, 10 * GIB)
+    assert (slots.count, slots.gpus_per_trial, slots.cpus_per_trial) == (count, share, cpus)
+
+
+def test_what_decided_on_the_slots_is_told_and_their_warning_too() -> None:
+    def told(machine: Machine, memory: int | None) -> str:
+        return fit_text(fit_slots(choose_slots(machine, n_trials=9, shares_gpus=True), machine, memory), machine, memory)
+
+    assert told(gpu_machine(), GIB) == "9 at once, 1 core and 0.1111 GPU each, by the memory that a trial should need"
+    for here, memory, of in ((gpu_machine(), None, "a trial"), (machine(4, gpus=2), GIB, "the GPU")):
+        text = told(here, memory)
+        assert "by the memory" not in text
+        assert f"warning: --gpus-per-worker auto: the memory of {of} is not known" in text
+    assert "by the memory that a trial should need\nwarning: a trial may need 250.6 GiB" in told(gpu_machine(), 200 * GIB)
+    assert told(machine(4), GIB) == "4 at once, 1 core each"
 
 
 def test_without_a_gpu_or_its_memory_slots_stay_as_they_are() -> None:

@@ -16,8 +16,9 @@ from rich.console import Console
 import launch.originals
 from hamu.data.sources import ImageData
 from hamu.errors import CheckpointError
+from hamu.training.config import TrainConfig
 from launch.machine import Machine, Slots
-from launch.originals import Provided, _pin, provide_models
+from launch.originals import Provided, _one_of_each_kind, _pin, provide_models
 from launch.plan import Plan, data_key, make_plan, read_overrides
 from launch.references import error_words
 from launch.results import SweepFolder
@@ -43,6 +44,43 @@ def test_other_weights_than_the_sweep_began_with_are_refused(tmp_path: Path) -> 
     _pin(pins, "a", first)
     with pytest.raises(CheckpointError, match="has other weights .* start a sweep of another --name"):
         _pin(pins, "a", Original(path="there", arrays={"w": np.full(3, 2, np.float32)}))
+
+
+TEXT = {"modality": "llm", "model_name": "tiny-llama", "dataset_name": "authors", "method": "hamu-q"}
+IMAGE = {"model_name": "resnet20", "method": "hamu-q"}
+
+
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        (IMAGE, {"model_name": "torchvision/resnet18"}),
+        (IMAGE, {"img_size": 64}),
+        (IMAGE, {"freeze_batchnorm": False}),
+        (IMAGE, {"method": "kl"}),
+        (IMAGE, {"use_optimizer": True}),
+        (IMAGE, {"bf16": True}),
+        (IMAGE, {"per_device_eval_batch_size": 64}),
+        (IMAGE | {"method": "gru"}, {"gru_beta": 0.5}),
+        (TEXT, {"max_length": 256}),
+        (TEXT, {"gradient_checkpointing": True}),
+        (TEXT, {"add_lora": True}),
+        (TEXT | {"add_lora": True}, {"lora_r": 64}),
+        (TEXT | {"add_lora": True}, {"lora_targets": "q_proj"}),
+    ],
+)
+def test_the_memory_of_trials_that_differ_in_what_it_depends_on_is_estimated_for_each(
+    base: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    one, other = TrainConfig.from_flat(base), TrainConfig.from_flat(base | changes)
+    assert _one_of_each_kind([one, other]) == (one, other)
+
+
+def test_of_trials_that_take_memory_alike_the_largest_batch_is_estimated() -> None:
+    alike = [
+        TrainConfig.from_flat(IMAGE | {"batch_size": size, "lr": lr, "constraint_ratio": ratio, "seed": seed, "rho": 0.5})
+        for size, lr, ratio, seed in ((64, 0.1, 0.2, 1), (256, 0.2, 0.1, 2), (128, 0.3, 0.3, 3))
+    ]
+    assert _one_of_each_kind(alike) == (alike[1],)
 
 
 def test_a_task_that_fills_the_memory_is_told_apart_from_one_that_is_killed() -> None:

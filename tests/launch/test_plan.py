@@ -145,9 +145,9 @@ def test_a_trial_in_words_has_what_differs() -> None:
     assert words[0].startswith("hamu-q, lr ")
 
 
-def text_of(plan: Plan, finished: int = 0) -> list[str]:
+def text_of(plan: Plan) -> list[str]:
     machine = Machine(cpus=2, cpu_name="a core", memory_bytes=2**30, gpus=0)
-    return plan_text(plan, machine=machine, slots=Slots(count=2), folder="here", finished=finished).splitlines()
+    return plan_text(plan, machine=machine, slots=Slots(count=2), folder="here").splitlines()
 
 
 def lines_of(plan: Plan, word: str) -> list[str]:

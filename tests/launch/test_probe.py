@@ -149,8 +149,10 @@ def test_a_plan_without_constraints_needs_no_ray_to_be_probed(tmp_path: Path, di
     assert saved_text(probe, []) == ""
 
 
-def group_of(kappa: float, n_blocks: int = 10) -> ProbedGroup:
-    """Two pairs alike, of blocks with gradients of length 2 and 1 and this inner product; the last one has a third of S."""
+def group_of(kappa: float, n_blocks: int = 10, bound: float | None = None) -> ProbedGroup:
+    """Two pairs alike, of blocks with gradients of length 2 and 1 and this inner product; the last one has a third of S.
+
+    bound: what a block adds to the feasible bound, as a share of its part of S."""
     shape = (2, n_blocks)
     retain, forget, cross = np.full(shape, 4.0), np.full(shape, 1.0), np.full(shape, kappa)
     retain[:, -1] *= ((n_blocks - 1) / 2) ** 2
@@ -160,6 +162,7 @@ def group_of(kappa: float, n_blocks: int = 10) -> ProbedGroup:
         blocks=tuple(f"layer{index}.weight" for index in range(n_blocks)),
         retain=retain, forget=forget, cross=cross, loss_scale=1.0, clip=np.ones((2, 2)),
         product=product, aggregate_bound=product * np.sin(np.arccos(kappa / 2)), feasible_bound=product * 1.0,
+        block_bounds=np.sqrt(retain * forget) * (1.0 if bound is None else bound),
     )  # fmt: skip
     config = TrainConfig.from_flat({"method": "hamu-q", "constraint_ratio": 0.5})
     trial = ProbedTrial(config=config, is_stopped=(False, False), largest=(1.0, 1.0), asked=0.5)
@@ -174,10 +177,11 @@ def test_blocks_are_told_by_their_share_of_s_the_largest_first_and_the_rest_toge
     assert re.search(r"2 others +14\.8% +-2 +-2 +-2 +120\.0 +120\.0 +120\.0 +4 +4 +4$", last)  # kappa < 0: the whole length
 
 
-def test_the_bound_of_a_block_shrinks_with_the_angle_where_kappa_is_positive() -> None:
-    text = Probe(groups=(group_of(1.0),)).text()
-    assert re.search(rf"layer9\.weight +33\.3% .* {9 * np.sin(np.pi / 3):.3g}$", text, flags=re.MULTILINE)
-    assert "60.0" in text
+def test_the_bound_of_a_block_is_that_of_the_probe_and_its_angle_too() -> None:
+    text = Probe(groups=(group_of(1.0, bound=0.5),)).text()
+    assert re.search(r"layer9\.weight +33\.3% .* 60\.0 +60\.0 +60\.0 +4\.5 +4\.5 +4\.5$", text, flags=re.MULTILINE)
+    # Of blocks together the angle is that of their gradients, one after the other.
+    assert re.search(r"2 others +14\.8% .* 60\.0 +60\.0 +60\.0 +2 +2 +2$", text, flags=re.MULTILINE)
 
 
 def row(trial_id: str, **columns: Any) -> dict[str, Any]:

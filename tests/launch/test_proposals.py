@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from ray.tune.search import Searcher
 
+from hamu.reports.views import View, view_of
 from launch.follow import write_row
 from launch.plan import Plan, make_plan
-from launch.proposals import Proposals, is_searched, open_search, view_for
+from launch.proposals import Proposals, open_search, view_for, write_search
 from launch.results import SweepFolder, write_json
 from launch.shared import failed_row
+from launch.standing import is_searched
 from tune_spaces.search import SearchSettings
 from tune_spaces.space import Space
 
@@ -129,9 +131,34 @@ def test_a_search_goes_by_retain_only_models_where_all_of_them_are_there(tmp_pat
     plan = make_plan(SPACE, name="mine", overrides={}, root=tmp_path, with_reference=True)
     folder = SweepFolder(tmp_path / "mine")
     folder.path.mkdir()
+    folder.start(plan)
     [key] = plan.references
     assert view_for(plan, folder).name == "paper"
     write_json(folder.references_path, {key: {"error": "no memory"}})
     assert view_for(plan, folder).name == "paper"
     write_json(folder.references_path, {key: {"path": "there", "result": {"forget_loss": 1.0}}})
     assert view_for(plan, folder).name == "reference"
+
+
+def test_a_search_goes_by_the_view_of_the_report_of_its_trials(tmp_path: Path) -> None:
+    plan = make_plan(SPACE, name="mine", overrides={"seed": (1, 2)}, root=tmp_path, with_reference=True)
+    folder = SweepFolder(tmp_path / "mine")
+    folder.path.mkdir()
+    folder.start(plan)
+    there, lost = dict.fromkeys(str(trial.reference) for trial in plan.trials)
+    losses = {"forget_loss": 4.0, "retain_loss": 0.1}
+    write_json(folder.references_path, {there: {"path": "there", "result": losses}, lost: {"error": "no memory"}})
+    without = [trial.trial_id for trial in plan.trials if trial.reference == lost]
+    assert view_for(plan, folder).name == "paper"
+    assert view_for(plan, folder, out=without).name == "reference"  # the others are all that will run
+    own = {"forget_quality": 1.0, "retain_utility": -0.1, "forget_loss": 2.0, "original_forget_loss": 0.0}
+    end(plan, folder, [trial.trial_id for trial in plan.trials].index(without[0]), **own)
+    rows = folder.compared_rows()
+    assert view_for(plan, folder, out=without) == view_of(rows) == View("paper")
+
+
+def test_how_a_search_stands_is_kept_with_its_view(tmp_path: Path) -> None:
+    _, folder = started(tmp_path, name="random")
+    assert folder.search_state() == {}
+    write_search(folder, view=View("reference"), ended="enough", n_proposed=3)
+    assert folder.search_state() == {"ended": "enough", "proposed": 3, "view": "reference", "left_out": 0}

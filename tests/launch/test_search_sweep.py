@@ -21,6 +21,7 @@ from launch.machine import Machine, Slots
 from launch.plan import Plan, make_plan
 from launch.results import SweepFolder
 from launch.runner import run_sweep
+from launch.runs import read_runs
 from launch.signals import Signals
 from launch.words import Words
 from tests.launch.launched import SHORT, Launched, ended, wait_for
@@ -54,8 +55,8 @@ class Chosen:
         self.folder.start(self.plan)
         self.ids = [trial.trial_id for trial in self.plan.trials]
 
-    def run(self, *, count: int = 1) -> str:
-        """Run what has not ended; returns what was said."""
+    def run(self, *, count: int = 1, **more: Any) -> str:
+        """Run what has not ended; returns what was said. more: of `run_sweep`."""
         said, signals = io.StringIO(), Signals()
         machine = Machine(cpus=2, cpu_name="a core", memory_bytes=2**34, gpus=0)
         with signals.taken():
@@ -66,6 +67,7 @@ class Chosen:
                 machine=machine,
                 words=Words(Console(file=said)),
                 signals=signals,
+                **more,
             )
         return said.getvalue()
 
@@ -86,7 +88,7 @@ def test_trials_that_a_probe_found_infeasible_are_named_and_have_ended(tmp_path:
     first = sweep.ids[0]
     left = without_dropped(sweep.plan, sweep.ids, sweep.folder, {first: "asks for 2 S"}, Words(Console(file=said)))
     assert left == sweep.ids[1:] == sweep.folder.unfinished(sweep.plan)
-    assert said.getvalue() == f"dropped {first}: asks for 2 S\n"
+    assert said.getvalue() == f"dropped, and not run: {first}\n"
     [row] = sweep.folder.write_trials()
     assert (row["status"], row["message"], row["learning_rate"], row["started_at"]) == ("dropped", "asks for 2 S", RATES[0], None)
 
@@ -138,6 +140,85 @@ def test_a_failing_original_takes_down_its_own_trials_and_retain_only_models_are
         assert (rows[trial.trial_id]["forget_closeness"] is None) == has_failed
     assert said.count("retain-only model") >= 2  # the one that is there, and the one that is not
     assert sweep.folder.unfinished(sweep.plan) == [row["trial_id"] for row in lost]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_search_neither_fails_nor_begins_trials_that_it_did_not_choose(tmp_path: Path, on_cluster: None) -> None:
+    in_the_way = tmp_path / "checkpoints" / "digits" / "seed_43"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("no folder")
+    sweep = Chosen(tmp_path, overrides={"seed": (43, 42), "learning_rate": (0.02, 0.04)}, name="random", trials=3)
+    said = sweep.run(count=2)
+    assert "2 trials cannot start, as their original failed; the search chooses among the other 2" in said
+    assert {(row["seed"], row["status"]) for row in sweep.folder.rows().values()} == {(42, "finished")}
+    assert len(sweep.folder.rows()) == 2
+    assert sweep.folder.search_state() == {"ended": None, "proposed": 2, "view": "paper", "left_out": 2}
+    in_the_way.unlink()
+    sweep.run(count=2)
+    assert len(sweep.folder.rows()) == 3  # and no more: what it had not chosen had not been begun
+    assert len(read_runs(sweep.folder.runs_path)) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_probe_drops_trials_that_are_infeasible_and_says_what_that_saved(tmp_path: Path, on_cluster: None) -> None:
+    given = {"learning_rate": (0.02,), "constraint_ratio": (0.05, 0.1, 1.0), "num_train_epochs": (0.2,)}
+    sweep = Chosen(tmp_path, overrides=given, with_reference=True)
+    said = sweep.run(n_probe=2, prune_infeasible=True)
+    low, middle, high = sweep.ids
+    rows = {row["trial_id"]: row for row in read_trials(sweep.folder.trials_parquet)}
+    assert {trial_id: row["status"] for trial_id, row in rows.items()} == {low: "finished", middle: "finished", high: "dropped"}
+    assert "it would have ended at step 0" in rows[high]["message"]
+    assert (rows[high]["started_at"], rows[high]["forget_closeness"]) == (None, None)
+    assert f"dropped, and not run: {high}" in said
+    assert "1 trial dropped before it ran; measuring took" in said
+    assert "the trials would have taken about" in said
+    probe = json.loads(sweep.folder.probe_path.read_text())
+    assert high in json.dumps(probe)
+    summary = json.loads(sweep.folder.summary.read_text())
+    assert (summary["dropped"], summary["cost"]["n_trials"], summary["view"]) == (1, 2, "reference")
+    [run] = read_runs(sweep.folder.runs_path)
+    ran = [rows[low], rows[middle]]
+    assert summary["wall_s"] == run["ended_at"] - run["started_at"]
+    assert run["started_at"] <= min(row["started_at"] for row in ran)
+    assert run["ended_at"] >= max(row["ended_at"] for row in ran)
+    assert sweep.folder.unfinished(sweep.plan) == []
+    assert "Ray started" not in sweep.run(n_probe=2, prune_infeasible=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_resumed_sweep_makes_the_retain_only_models_that_its_ended_trials_lack(tmp_path: Path, on_cluster: None) -> None:
+    place = tmp_path / "checkpoints" / "digits" / "seed_42" / "forget_0_0.5"
+    place.parent.mkdir(parents=True)
+    place.write_text("in the way")
+    given = {"learning_rate": (0.02,), "hard_probability": (0.0, 0.5)}
+    sweep = Chosen(tmp_path, overrides=given, with_reference=True)
+    sweep.run()
+    whole, half = sweep.ids
+    lost = str(sweep.plan.trials[1].reference)
+    assert sweep.folder.unfinished(sweep.plan) == []
+    summary = json.loads(sweep.folder.summary.read_text())
+    assert list(summary["references_failed"]) == [lost]
+    assert (summary["view"], summary["not_compared"]) == ("paper", [half])
+    rows = {path: path.stat().st_mtime_ns for path in ended(sweep.folder.path)}
+
+    place.unlink()
+    said = sweep.run()  # one that failed is tried again
+    assert "no trial is left to run; retain-only models that trials have still to be compared with: 1" in said
+    summary = json.loads(sweep.folder.summary.read_text())
+    assert (summary["references_failed"], summary["view"], summary["not_compared"]) == ({}, "reference", [])
+
+    sweep.folder.references_path.unlink()  # as of a driver that was killed while it waited for them
+    said = sweep.run()
+    assert "compared with: 2" in said
+    assert all(row["forget_closeness"] is not None for row in read_trials(sweep.folder.trials_parquet))
+    assert {path: path.stat().st_mtime_ns for path in rows} == rows
+    assert "Ray started" not in sweep.run()
 
 
 @pytest.mark.ray

@@ -88,6 +88,9 @@ def local_dataset(tmp_path: Path) -> Path:
         (["--gpus-per-worker", "half"], "give a share such as 0.5, a whole number, or auto"),
         (["--gpus", "1", "--gpus-per-worker", "1"], "say the same twice"),
         (["--scheduler", "pbt"], "--set method="),
+        (["--space", "cifar/timing_all", "--search", "tpe", "--dry-run"], "--search tpe goes by the trials' metrics"),
+        (["--space", "cifar/timing_all", "--target", "forget_accuracy<=0.1", "--dry-run"], "use --set eval_at_ends=true"),
+        (["--target", "forget_rouge<=0.1", "--dry-run"], "forget_rouge is a metric of texts"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -47,7 +47,8 @@ def test_a_sweep_leaves_all_its_results_and_says_where(sweeps: Launched) -> None
     assert (summary["name"], summary["space"], summary["task"]) == ("whole", "digits/quickstart", "digits")
     assert summary["trials"] == {"total": 3, "finished": 3, "failed": 0, "early_stopped": 1, "pruned": 0}
     assert summary["train_s"] == pytest.approx(sum(row["train_s"] for row in rows))
-    assert summary["wall_s"] == pytest.approx(max(row["ended_at"] for row in rows) - min(row["started_at"] for row in rows))
+    span_s = max(row["ended_at"] for row in rows) - min(row["started_at"] for row in rows)
+    assert span_s <= summary["wall_s"] < span_s + 30  # a slot is asked for before its process is there to begin a trial
     assert summary["gradient_product"] > 0
     assert {entry["trial_id"] for entry in summary["pareto"]} <= {row["trial_id"] for row in rows}
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")

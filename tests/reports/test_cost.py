@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from hamu.models.record import json_text
-from hamu.reports.cost import cost_of, cost_text
+from hamu.reports.cost import cost_of, cost_text, wall_seconds
 
 
-def row(start: float = 0.0, end: float = 10.0, **columns: Any) -> dict[str, Any]:
+def row(start: float | None = 0.0, end: float | None = 10.0, **columns: Any) -> dict[str, Any]:
     """A trial of 100 steps in 5 s of steps, whole."""
     return {
         "status": "finished", "method": "hamu-q", "stop_reason": "finished", "started_at": start, "ended_at": end,
@@ -38,6 +38,21 @@ def test_the_time_that_a_sweep_says_it_took_wins_over_the_span_of_its_trials() -
     assert cost_of(resumed, n_slots=1)["wall_s"] == 100_100
     cost = cost_of(resumed, n_slots=1, wall_s=200.0)
     assert cost["trials_per_hour"] == pytest.approx(36)
+
+
+def test_the_wall_time_of_a_resumed_sweep_leaves_the_pause_out() -> None:
+    rows = [row(0, 100), row(50, 130), row(100_000, 100_100), row(None, None, status="failed")]
+    assert wall_seconds(rows) == 100_100
+    runs = [{"started_at": 0.0, "ended_at": 140.0}, {"started_at": 99_999.0, "ended_at": 100_100.0}]
+    assert wall_seconds(rows, runs) == 140 + 101
+    assert wall_seconds(rows, runs[1:]) == 130 + 101  # the first run was of a version that kept no runs
+    assert wall_seconds([], runs[:1]) == 140  # killed before a trial ended
+    assert wall_seconds([]) is None
+
+
+def test_trials_that_never_ran_for_want_of_an_original_cost_nothing() -> None:
+    cost = cost_of([row(0, 3600), row(None, None, status="failed", train_s=0.0)], n_slots=1)
+    assert (cost["n_trials"], cost["trials_per_hour"], cost["unit_hours"]) == (1, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("reason", ["stopping_criterion", "infeasible", "target_reached", "pruned"])

@@ -121,6 +121,16 @@ def test_page_is_made_anew_from_the_trials_not_from_an_old_summary(tmp_path):
     assert write_report(tmp_path) == tmp_path / "report.html"
 
 
+def test_page_made_anew_leaves_out_the_pauses_between_runs(tmp_path):
+    write_trials(
+        tmp_path / "trials.parquet",
+        [{**row, "started_at": 1e6 * i, "ended_at": 1e6 * i + 9} for i, row in enumerate(trials()[:2])],
+    )
+    assert write_results(tmp_path)["wall_s"] == 1e6 + 9
+    (tmp_path / "runs.json").write_text(json.dumps([{"started_at": 1e6 * i, "ended_at": 1e6 * i + 10} for i in range(2)]))
+    assert write_results(tmp_path)["wall_s"] == 20
+
+
 def test_folder_without_trials_is_refused(tmp_path):
     with pytest.raises(DataError, match="no trials at"):
         write_results(tmp_path)

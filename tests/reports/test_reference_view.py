@@ -9,7 +9,7 @@ import pytest
 
 from hamu.reports.figures import pareto_png
 from hamu.reports.page import render_page, write_results
-from hamu.reports.summary import summarise
+from hamu.reports.summary import not_compared_text, summarise
 from hamu.reports.tables import best_settings, front_text, pareto_front, recommended
 from hamu.reports.timing import is_timing, timing_rows
 from hamu.reports.views import View
@@ -32,7 +32,7 @@ ROWS = [
     trial("over", -4.0, -0.002, 12.0, method="ga"),
     trial("little", 0.4, 0.001, 1.1),
     trial("harmful", 0.99, -0.5, 3.0),
-    trial("alone", None, 0.3, 4.0),
+    trial("diverged", None, 0.3, None),
 ]
 
 
@@ -70,6 +70,29 @@ def test_summary_says_its_view_its_hypervolume_and_what_never_ran():
     assert summary["hypervolume"] == pytest.approx(steps)
     assert summary["pareto"][1]["forget_closeness"] == 0.95
     json.dumps(summary, allow_nan=False)
+
+
+def test_trials_that_could_not_be_compared_are_named_and_the_paper_view_is_shown():
+    rows = [*ROWS, *(trial(f"alone{i}", None, 0.3, 4.0) for i in range(7))]
+    summary = summary_of(rows)
+    assert summary["view"] == "paper"
+    assert summary["not_compared"] == [f"alone{i}" for i in range(7)]
+    words = (
+        "7 trials could not be compared with a retrained model, so the paper view is shown: alone0, alone1, alone2, alone3, "
+        "alone4 and 2 more"
+    )
+    assert not_compared_text(summary) == words
+    page = render_page(rows, summary, PNG)
+    assert f"<li>{words}.</li>" in page
+    assert "no retrained model to compare all trials with" in page
+    assert not_compared_text(summary_of(ROWS)) == not_compared_text(summary_of(rows[5:])) == ""
+
+
+def test_retain_only_models_that_failed_are_told_on_the_page(tmp_path):
+    write_trials(tmp_path / "trials.parquet", ROWS)
+    (tmp_path / "summary.json").write_text(json.dumps({"references_failed": {"abcd": "no <memory>"}}))
+    assert write_results(tmp_path)["references_failed"] == {"abcd": "no <memory>"}
+    assert "abcd: no &lt;memory&gt;" in (tmp_path / "report.html").read_text()
 
 
 def test_page_says_which_view_and_what_it_cost(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from hamu.errors import ConfigError
 from hamu.reports.closeness import NEGLIGIBLE_GAP, forget_closeness, with_references
 from hamu.reports.hypervolume import hypervolume
-from hamu.reports.views import View, view_of
+from hamu.reports.views import View, not_compared, view_of
 
 PAPER, REFERENCE = View("paper"), View("reference")
 LN10 = math.log(10)
@@ -88,11 +88,29 @@ def test_the_retrained_models_quality_and_utility_are_from_the_original_as_a_tri
     assert "retrained_forget_quality" not in joined
 
 
-def test_the_view_is_the_reference_view_as_soon_as_a_trial_was_compared():
-    assert view_of([]) == view_of([row(1, 0), row(1, 0, forget_closeness=math.nan)]) == PAPER
-    assert view_of([row(1, 0), row(1, 0, forget_closeness=-3.0)]) == REFERENCE
+def test_the_view_is_the_reference_view_where_every_trial_that_can_be_was_compared():
+    compared_one, alone = row(1, 0, forget_closeness=-3.0), row(1, 0, trial_id="alone")
+    assert view_of([]) == view_of([alone]) == view_of([row(1, 0, forget_closeness=math.nan)]) == PAPER
+    assert view_of([compared_one]) == REFERENCE
+    assert view_of([alone, compared_one]) == PAPER
+    assert not_compared([alone, compared_one]) == ["alone"]
+    assert not_compared([alone]) == not_compared([compared_one]) == []
     with pytest.raises(ConfigError, match="did you mean 'paper'"):
         View("papers")
+
+
+@pytest.mark.parametrize("bad", [{"status": "failed"}, {"status": "pruned"}, {"status": "dropped"}, {"retain_utility": math.nan}])
+def test_a_trial_without_a_place_does_not_decide_the_view(bad):
+    rows = [row(1, 0, forget_closeness=0.5), {**row(1, 0), **bad}]
+    assert view_of(rows) == REFERENCE
+    assert not_compared(rows) == []
+
+
+def test_trials_to_come_decide_the_view_as_those_that_ended():
+    compared_one = row(1, 0, forget_closeness=0.5)
+    assert view_of([], to_come=[True, True]) == view_of([compared_one], to_come=[True]) == REFERENCE
+    assert view_of([], to_come=[True, False]) == view_of([compared_one], to_come=[False]) == PAPER
+    assert view_of([row(1, 0)], to_come=[True]) == PAPER
 
 
 def test_forgetting_counts_to_twice_the_loss_of_a_guess_in_the_paper_view():

@@ -192,3 +192,42 @@ def test_a_run_gives_no_more_pairs_than_it_has_steps_and_only_of_hamu(digits_tas
         probe_run(other, 1)
     with pytest.raises(ConfigError, match="'kl' has no constraint"):
         probe_run(short, 1).fires(TrainConfig.from_flat({"method": "kl"}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "hamu-u"},
+        {"full_grad": True},
+        {"hamu_radius": 0.01, "use_lr_radius": False, "constraint_ratio": 0.01},
+        {"method": "hamu-u", "hamu_radius": 0.01, "use_lr_radius": False, "constraint_ratio": 0.01},
+    ],
+)
+def test_the_bounds_of_the_blocks_add_up_to_the_feasible_bound_and_follow_its_formula(
+    settings: dict[str, Any], digits_task: VisionTask, digits_model: nn.Module
+) -> None:
+    config = unlearning(**settings)
+    pairs = probe_run(TrainingRun(config, digits_task, copy_of(digits_model)), 2)
+    is_whole = config.method.full_grad
+    assert pairs.block_bounds.shape == (2, 1 if is_whole else len(pairs.blocks))
+    assert np.allclose(pairs.block_bounds.sum(axis=1), pairs.feasible_bound, rtol=1e-12)
+    if is_whole:
+        return
+    free, bound = pairs.retain_norm, pairs.forget_norm
+    if config.method_name == "hamu-u":
+        free, bound = bound, free
+    radius = free if config.radius is None else config.radius / config.lr
+    sin = np.where(pairs.kappa > 0, np.sin(pairs.angle), 1.0)
+    assert (pairs.kappa > 0).any() and (pairs.kappa <= 0).any(), "both branches are seen"
+    # 1e-6: the sine of a small angle, by way of arctan2, against the root of its square.
+    assert np.allclose(pairs.block_bounds, radius * bound * sin, rtol=1e-6, atol=0)
+
+
+def test_the_angle_of_blocks_together_is_that_of_their_gradients_joined(probed: ProbedPairs) -> None:
+    assert np.array_equal(probed.angle_of(slice(None)), probed.whole_angle)
+    for index in (0, len(probed.blocks) - 1):
+        assert np.array_equal(probed.angle_of(np.array([index])), probed.angle[:, index])
+    some = np.array([0, 3, 5])
+    lengths = [np.sqrt((norm[:, some] ** 2).sum(axis=1)) for norm in (probed.retain_norm, probed.forget_norm)]
+    assert np.allclose(np.cos(probed.angle_of(some)) * lengths[0] * lengths[1], probed.kappa[:, some].sum(axis=1), atol=1e-12)

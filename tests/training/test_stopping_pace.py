@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -117,6 +118,7 @@ def hardness(*, constraint: float, aggregate: float, feasible: float, lr: float)
         split_constraint_ratio=1.0,
         predicted_retain_change=0.0,
         predicted_forget_change=0.0,
+        block_ratios=np.array([feasible / lr]),
     )
 
 

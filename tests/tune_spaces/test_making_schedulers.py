@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hamu.errors import ConfigError
+from hamu.training.config import TrainConfig
+from hamu.training.steps import steps_per_epoch, total_steps
 from launch.plan import data_key, make_plan
 from launch.scheduling import check_schedule, schedule_of, steps_of
-from tune_spaces.schedulers import adjustable_of, balance, check_scheduler, make_scheduler
+from tune_spaces.schedulers import SCHEDULERS, Scheduler, adjustable_of, balance, check_scheduler, make_scheduler
 from tune_spaces.search import SearchSettings
 from tune_spaces.space import Space
 
@@ -97,6 +101,74 @@ def test_population_based_training_changes_what_varies_to_values_of_the_plan() -
     assert scheduler._hyperparam_mutations == {"learning_rate": [0.01, 0.02]}
 
 
+def test_a_scheduler_is_what_its_entry_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(settings: SearchSettings, adjustable: Any, *, every: int, total: int) -> str:
+        return f"{settings.score} {every} {total}"
+
+    monkeypatch.setitem(SCHEDULERS, "mine", Scheduler(make=make, pauses=False))
+    assert make_scheduler(settings("mine", score="forget_loss"), {}, every=2, total=9) == "forget_loss 2 9"
+    check_scheduler(settings("mine", name="random"), POOL, 5)  # it does not pause
+
+
+class _Member(_Trial):
+    status, experiment_tag = "RUNNING", ""
+
+    def __init__(self, trial_id: str, rate: float) -> None:
+        super().__init__(trial_id)
+        self.config = {"learning_rate": rate}
+        manager = SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=None))
+        self.run_metadata = SimpleNamespace(checkpoint_manager=manager)
+
+    def is_finished(self) -> bool:
+        return False
+
+
+class _Population:
+    """Tune's controller as population based training sees it: no trial waits, and whose state is handed to whom is noted."""
+
+    search_alg = None
+
+    def __init__(self, trials: list[Any]) -> None:
+        self.trials = trials
+
+    def get_trials(self) -> list[Any]:
+        return self.trials
+
+    def _schedule_trial_save(self, trial: Any, **settings: Any) -> str:
+        return "a checkpoint"
+
+
+@pytest.mark.slow
+def test_population_based_training_chooses_by_its_own_seed_and_leaves_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = [0.001 * (index + 1) for index in range(8)]
+
+    def choices(seed: int, *, noise: int) -> list[tuple[str, str, float]]:
+        scheduler = make_scheduler(settings(seed=seed), {"learning_rate": rates}, every=1, total=99)
+        handed: list[tuple[str, str, float]] = []
+        trials = [_Member(str(i), rate) for i, rate in enumerate(rates)]
+
+        def hand_on(controller: Any, trial: Any, better: Any) -> None:
+            config, _ = scheduler._get_new_config(trial, better)
+            handed.append((trial.trial_id, better.trial_id, config["learning_rate"]))
+
+        monkeypatch.setattr(scheduler, "_exploit", hand_on)
+        controller, random_draws = _Population(trials), random.Random(noise)
+        for trial in controller.trials:
+            scheduler.on_trial_add(controller, trial)
+        for step in range(1, 9):
+            for index, trial in enumerate(controller.trials):
+                random.seed(random_draws.random())  # what others draw meanwhile
+                before = random.getstate()
+                scheduler.on_trial_result(controller, trial, {"step": step, "balance": index})
+                assert random.getstate() == before
+        return handed
+
+    first = choices(1, noise=1)
+    assert len(first) > 5
+    assert choices(1, noise=2) == first
+    assert choices(2, noise=1) != first
+
+
 SPACE = Space(
     name="digits/rates",
     summary="two rates",
@@ -124,3 +196,29 @@ def test_steps_are_counted_as_the_runs_count_them(tmp_path_factory: pytest.TempP
     per_epoch = max(steps_of(each, data)[0] or 0 for each in plan.configs.values())
     assert min(step for step, _ in schedule.scheduler._brackets[0]._rungs) == per_epoch > every
     assert schedule.adjustable == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        ({}, 30),
+        ({"gradient_accumulation_steps": 4}, 120),
+        ({"gradient_pairing": "split-gpu", "num_workers": 2}, 30),  # the two share the rows of one
+        ({"gradient_pairing": "split-gpu", "num_workers": 6, "gradient_accumulation_steps": 2}, 180),
+        ({"method": "none", "gradient_pairing": "split-gpu", "num_workers": 2, "freeze_batchnorm": True}, 60),
+    ],
+)
+def test_the_rows_of_a_step_are_those_of_a_pair_of_processes_and_in_training_of_each(settings: dict[str, Any], rows: int) -> None:
+    config = TrainConfig.from_flat({"method": "hamu-q", "constraint_ratio": 0.1, "batch_size": 30, **settings})
+    assert config.rows_per_step == rows
+
+
+@pytest.mark.parametrize(
+    ("n_retain", "rows", "n_epochs", "per_epoch", "total"),
+    [(1298, 128, 1, 11, 11), (1280, 128, 2.5, 10, 25), (1, 128, 0.1, 1, 1), (1298, 1, 0.5, 1298, 649)],
+)
+def test_an_epoch_is_the_retain_rows_once_and_a_run_at_least_a_step(
+    n_retain: int, rows: int, n_epochs: float, per_epoch: int, total: int
+) -> None:
+    assert steps_per_epoch(n_retain, rows) == per_epoch
+    assert total_steps(n_epochs, per_epoch) == total

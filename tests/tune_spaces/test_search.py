@@ -12,7 +12,10 @@ import pytest
 from hamu.errors import ConfigError
 from hamu.reports.views import View
 from tests.benchmarks.search_player import play
+from tune_spaces.ending_rules import NoGain
+from tune_spaces.optuna_search import SAMPLERS, OptunaChooser
 from tune_spaces.pool import Pool
+from tune_spaces.pool_search import InOrder
 from tune_spaces.search import SEARCHES, SearchSettings, make_search
 
 PAPER = View("paper")
@@ -160,6 +163,32 @@ def test_no_gain_never_stops_where_the_hypervolume_is_not_known():
     assert len(play(SearchSettings(until="no-gain:3"), POOL, rows, view=PAPER)[0]) == 60
 
 
+@pytest.mark.parametrize("bad", [{"status": "failed"}, {"forget_quality": None, "retain_utility": None}])
+def test_trials_that_failed_or_have_no_place_yet_do_not_count_as_without_gain(bad):
+    rule = NoGain(PAPER, 2)
+    for i in range(9):
+        rule.tell(f"none{i}", {**ROWS["0000-hamu-q"], **bad})
+    assert rule.ended is None
+    for i in range(3):
+        assert rule.ended is None
+        rule.tell(f"same{i}", ROWS["0000-hamu-q"])
+    assert rule.ended is not None
+
+
+def test_no_gain_is_the_same_when_a_sweep_is_resumed_after_failures():
+    live, resumed = NoGain(PAPER, 3), NoGain(PAPER, 3)
+    good = ROWS["0000-hamu-q"]
+    for i, row in enumerate([good, {"status": "failed"}, good, {"status": "failed"}, good]):
+        live.tell(str(i), row)
+        if row is good:  # a failed trial is not told of again, as it is run again
+            resumed.tell(str(i), row)
+    assert (live.ended, resumed.ended) == (None, None)
+    live.tell("last", good)
+    resumed.tell("last", good)
+    assert live.ended == resumed.ended
+    assert live.ended is not None
+
+
 def meets(row):
     return row["forget_accuracy"] <= 0.02 and row["retain_accuracy"] >= row["original_retain_accuracy"] - 0.008
 
@@ -228,6 +257,22 @@ def test_settings_go_through_json():
 def test_wrong_settings_are_refused_with_the_mend(wrong, words):
     with pytest.raises(ConfigError, match=words):
         SearchSettings(**wrong)
+
+
+def test_each_name_has_a_sampler_of_its_own_and_one_that_is_not_known_has_none():
+    made = {name: type(OptunaChooser(Pool(POOL), sampler=name, seed=1, view=PAPER)._study.sampler).__name__ for name in SAMPLERS}
+    assert made == {"tpe": "TPESampler", "nsga2": "NSGAIISampler"}
+    with pytest.raises(KeyError, match="cmaes"):
+        OptunaChooser(Pool(POOL), sampler="cmaes", seed=1, view=PAPER)
+    assert set(SAMPLERS) < set(SEARCHES)
+
+
+def test_a_search_is_what_its_entry_makes(monkeypatch):
+    """A new entry is run as it says; none falls through to that of another name."""
+    backwards = InOrder(tuple(reversed(POOL)))
+    monkeypatch.setitem(SEARCHES, "backwards", lambda settings, pool, view: backwards)
+    ended, _ = play(SearchSettings(name="backwards", trials=3), POOL, ROWS, view=PAPER, n_slots=1)
+    assert ended == list(POOL)[:-4:-1]
 
 
 def test_a_missing_optuna_names_the_extra(monkeypatch):
