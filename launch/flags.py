@@ -12,6 +12,7 @@ from hamu.errors import ConfigError
 from hamu.training.inputs import is_local_path
 from hamu.training.probe import N_PAIRS
 from launch.pairing import Pairing
+from tune_spaces.goals import CLOSENESS
 from tune_spaces.scale import SCALES
 from tune_spaces.search import SCHEDULERS, SEARCHES, SearchSettings
 from tune_spaces.space import Space
@@ -62,8 +63,8 @@ def _add_trials(group: Any) -> None:
     add("--space", metavar="NAME", help=f"space to run, <task>/<sweep> (default {DEFAULT_SPACE})")
     add("--task", metavar="TASK", help="look for the space in this task only")
     add("--set", metavar="KEY=VALUE", action="append", default=[],
-        help="set a flag of hamu.cli.train, with commas as an axis, low..high:n as n values between (by ratio where they span "
-        "much); original.KEY is for training the original")  # fmt: skip
+        help="set a flag of hamu.cli.train, with commas as an axis, low..high:n as n values between (default 9; by ratio where "
+        "they span much); original.KEY is for training the original")  # fmt: skip
     add("--seeds", metavar="N,N", help="run every trial with each of these seeds, such as 41,42,43 (as --set seed=)")
     add("--scale", metavar="NAME", help=f"{', '.join(SCALES)}: small runs any space on embedded data, in minutes on 2 cores")
     add("--with-reference", action=argparse.BooleanOptionalAction, default=None,
@@ -80,7 +81,7 @@ def _add_search(group: Any) -> None:
     add("--trials", type=int, metavar="N", help="how many to run (default: grid all, a search half of them)")
     add("--until", metavar="RULE", help="stop early: no-gain:10 when the front's hypervolume has not grown over 10 trials")
     add("--target", metavar="RULE", action="append", default=[],
-        help='stop at the first trial with e.g. "forget_accuracy<=retrained" (or original, or a number), and search for it')  # fmt: skip
+        help='search for, stop at, the first trial with e.g. "forget_accuracy<=retrained" (original, or a number)')  # fmt: skip
     add("--keep", metavar="RULE", action="append", default=[],
         help='what has to hold besides --target, e.g. "retain_accuracy>=original-0.01"')  # fmt: skip
     add("--scheduler", metavar="NAME",
@@ -168,7 +169,7 @@ def wants_references(args: argparse.Namespace, space: Space, models: Iterable[st
     Raises:
         ConfigError: a rule needs them, and the flag forbids them.
     """
-    rules = [rule for rule in (*args.target, *args.keep) if "retrained" in rule]
+    rules = [rule for rule in (*args.target, *args.keep) if "retrained" in rule or CLOSENESS in rule]
     if rules and args.with_reference is False:
         raise ConfigError(f"{rules[0]!r} compares with the retrained model, which --no-with-reference leaves out; drop that flag")
     if rules or args.with_reference is not None:

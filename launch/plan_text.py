@@ -59,7 +59,7 @@ def search_words(plan: Plan) -> str:
     """How the trials are chosen among those of the plan, in a line."""
     search, n_pool = plan.search, len(plan.trials)
     how_many = f"all {n_pool} trials" if plan.n_to_run == n_pool else f"at most {plan.n_to_run} of the {n_pool} trials below"
-    words = [f"{search.name}: {how_many}"]
+    words = [f"{'target' if search.target and search.name == 'grid' else search.name}: {how_many}"]
     words += [f"{name} {rule}" for name in ("target", "keep") for rule in getattr(search, name)]
     words += [f"until {search.until}"] if search.until else []
     words += [f"scheduler {search.scheduler} by {search.score}"] if search.scheduler else []

@@ -158,7 +158,8 @@ def provide_reference(config: TrainConfig, data: Data, *, n_threads: int) -> dic
         lacks_ratios = config.logging.eval_tofu and not _has_truth_ratios(task, path)
         if lacks_metrics or lacks_ratios:
             result |= _measured(task, config, path, writes_ratios=lacks_ratios)
-    return {"path": str(path), "result": result}
+    # What it was before it was trained is nothing to compare with, and of the same name as the original's metrics in a row.
+    return {"path": str(path), "result": {name: value for name, value in result.items() if not name.startswith("original_")}}
 
 
 def _measured(task: Task, config: TrainConfig, path: Path, *, writes_ratios: bool) -> dict[str, float]:

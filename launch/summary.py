@@ -12,18 +12,23 @@ from hamu.reports.cost import cost_of, cost_text, wall_seconds
 from hamu.reports.page import write_results
 from hamu.reports.summary import not_compared_text, summarise
 from hamu.reports.tables import front_text
+from hamu.training.records import SPLITS
 from launch.machine import Machine, Slots
-from launch.plan import Plan
+from launch.plan import Plan, trial_columns
 from launch.results import SweepFolder, write_json
 from launch.runs import read_runs
 from launch.standing import resume_command
+
+_COLUMN_OF = {"unlearning_method": "method", "hard_probability": "rho"}
+"""Columns of rows that go by another name than the flag."""
 
 
 def write_summary(plan: Plan, folder: SweepFolder, *, slots: Slots, machine: Machine) -> dict[str, Any]:
     """Write trials.parquet, summary.json, pareto.png and report.html from the trials' rows, and return the summary.
 
     It is that of `summarise`, with `search` (its settings and what search.json says), `references_failed` (why, by key),
-    `resume` (the command that goes on), `warm_start_s` and `versions`.
+    `resume` (the command that goes on), `settings` (that differ between the plan's trials, as columns or flags), `models` (losses
+    and accuracies of the original and the retrained model, where all trials share them), `warm_start_s` and `versions`.
     """
     rows = folder.write_trials()
     runs = read_runs(folder.runs_path)
@@ -49,10 +54,24 @@ def write_summary(plan: Plan, folder: SweepFolder, *, slots: Slots, machine: Mac
         "references_failed": {key: known[key]["error"] for key in plan.references if "error" in known.get(key, {})},
         "resume": resume_command(plan),
     }
+    summary |= {"settings": [_COLUMN_OF.get(name, name) for name in trial_columns(plan)], "models": _models(rows, known)}
     summary |= {"warm_start_s": warm_starts(list(folder.rows().values())), "versions": dict(plan.versions)}
     write_json(folder.summary, summary)
     write_results(folder.path, summary=summary)
     return summary
+
+
+def _models(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Metrics of the models that the trials lie between: of the original, and of the retrained one."""
+    names = [f"{split}_{metric}" for split in SPLITS for metric in ("accuracy", "loss")]
+    originals = [[row.get(f"original_{name}") for name in names] for row in rows if row.get("original_forget_loss") is not None]
+    found = {}
+    if originals and all(each == originals[0] for each in originals):
+        found["original"] = dict(zip(names, originals[0], strict=True))
+    results = [entry["result"] for entry in references.values() if entry.get("result")]
+    if len(results) == 1:
+        found["retrained"] = {name: results[0].get(name) for name in names}
+    return found
 
 
 def warm_starts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -69,6 +88,12 @@ def warm_starts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"n": len(waits), "median": statistics.median(waits) if waits else None, "max": max(waits, default=None)}
 
 
+def _model_line(name: str, metrics: Mapping[str, Any]) -> str:
+    """A model's accuracies in a line."""
+    known = {split: value for split in SPLITS if (value := metrics.get(f"{split}_accuracy")) is not None}
+    return f"  {name} model: " + ", ".join(f"{split} {100 * value:.1f} %" for split, value in known.items())
+
+
 def summary_text(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], report: Path) -> str:
     """What the terminal shows at the end: the front, what the hardness allowed, the times, the path."""
     trials, dropped = summary["trials"], summary["dropped"]
@@ -80,7 +105,8 @@ def summary_text(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], 
     if summary["hypervolume"] is not None:
         lines.append(f"hypervolume {summary['hypervolume']:.4g} in the {summary['view']} view")
     lines += [
-        front_text(rows),
+        front_text(rows, names=summary["settings"]),
+        *(_model_line(name, metrics) for name, metrics in summary["models"].items()),
         "",
         f"{trials['finished']} finished ({trials['early_stopped']} of them early), "
         + (f"{trials['pruned']} pruned, " if trials["pruned"] else "")

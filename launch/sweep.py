@@ -86,6 +86,8 @@ def new_plan(args: argparse.Namespace, root: Path) -> Plan:
         print(f"warning: {line}", file=sys.stderr)
     below = [f"{key}={value}" for key, value in environment.settings.items() if key not in ("artifact_root", "ray_address")]
     seeds = [f"seed={args.seeds}"] if args.seeds is not None else []
+    if seeds and (twice := [each for each in args.set if each.split("=")[0].strip() == "seed"]):
+        raise ConfigError(f"--seeds {args.seeds} and --set {twice[-1]} say the same twice; give one")
     overrides = read_overrides([*below, *args.set, *seeds])
     return make_plan(
         space,

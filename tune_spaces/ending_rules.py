@@ -19,7 +19,8 @@ class NoGain:
     """Ends when the hypervolume of the ended trials has not grown, by more than MIN_GAIN of itself, over the last `patience`.
 
     Pruned trials count as ended; dropped ones, which never ran, do not, nor failed ones, which a resumed sweep tries again. As
-    long as there is no hypervolume (no trial with a place in the view yet, or the number of classes not known) none counts.
+    long as there is no hypervolume (no trial forgot anything and kept some use yet, or the number of classes is not known) none
+    counts: a search that has found nothing goes on.
     """
 
     def __init__(self, view: View, patience: int) -> None:
@@ -33,7 +34,7 @@ class NoGain:
             return
         self._front = pareto_front([*self._front, {**row, "trial_id": trial_id}], self._view)
         area = hypervolume(self._front, self._view)
-        if area is None:
+        if not area:
             return
         self._since_gain += 1
         if area > self._largest * (1.0 + MIN_GAIN):

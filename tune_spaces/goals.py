@@ -17,6 +17,7 @@ from hamu.errors import ConfigError, unknown
 from hamu.reports.rows import is_finite
 from hamu.training.records import METRIC_COLUMNS, TRIAL_SCHEMA
 
+CLOSENESS = "forget_closeness"
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _CONDITION = re.compile(
     rf"(?P<metric>\w+)(?P<sign><=|>=)(?P<base>original|retrained|[+-]?{_NUMBER})(?:(?P<shift>[+-]{_NUMBER}))?"
@@ -29,7 +30,7 @@ class Condition:
     """One condition on one metric.
 
     Args:
-        metric: a column of METRIC_COLUMNS.
+        metric: a column of METRIC_COLUMNS, or the closeness to the retrained model.
         at_most: the metric must be at most the limit; else at least.
         base: "original", "retrained", or None for a number alone.
         shift: added to the base; the limit itself where there is none. In the metric's units.
@@ -98,8 +99,10 @@ def parse_condition(text: str, kind: str) -> Condition:
             "with +number or -number behind it if wanted; e.g. retain_accuracy>=original-0.01"
         )
     metric, base = found["metric"], found["base"]
-    if metric not in METRIC_COLUMNS:
-        raise ConfigError(f"{kind} {text!r}: {unknown('metric', metric, METRIC_COLUMNS)}")
+    if metric not in (*METRIC_COLUMNS, CLOSENESS):
+        raise ConfigError(f"{kind} {text!r}: {unknown('metric', metric, (*METRIC_COLUMNS, CLOSENESS))}")
+    if metric == CLOSENESS and base == "retrained":
+        raise ConfigError(f"{kind} {text!r}: the retrained model's closeness to itself is 1; give a number, e.g. 0.9")
     if base == "original" and metric not in _HAS_ORIGINAL:
         raise ConfigError(
             f"{kind} {text!r}: {metric} of the original model is not recorded; it is for "

@@ -20,10 +20,12 @@ _FROM_THE_ORIGINAL = {"forget_quality": ("forget_loss", 1.0), "retain_utility": 
 
 
 def forget_closeness(row: Row) -> float | None:
-    """Mean over loss, accuracy and |AUC - 0.5| on the forget rows of 1 - |value - retrained| / |original - retrained|.
+    """Mean over loss, accuracy and AUC on the forget rows of 1 - |value - retrained| / |original - retrained|.
 
     1: like the retrained model; 0: as far from it as the original; over-shoot counts as distance, so there is no lower end.
-    The AUC is that of telling forget rows from test rows by their loss. A part is left out where original or retrained lack it,
+    The AUC is that of telling forget rows from test rows by their loss. It is taken as it is, not as |AUC - 0.5|: where a whole
+    class is forgotten the retrained model's AUC is near 0, the original's near 1, and a trial on its way from the one to the
+    other would pass 0.5, which is further from both by that measure. A part is left out where original or retrained lack it,
     or differ by less than NEGLIGIBLE_GAP; the same parts are then left out for all trials of the two models.
 
     Args:
@@ -36,19 +38,13 @@ def forget_closeness(row: Row) -> float | None:
     """
     shares = []
     for metric in _PARTS:
-        before, goal, value = (_distance(metric, row.get(f"{kind}{metric}")) for kind in ("original_", "retrained_", ""))
-        if before is None or goal is None or abs(before - goal) < NEGLIGIBLE_GAP:
+        before, goal, value = (row.get(f"{kind}{metric}") for kind in ("original_", "retrained_", ""))
+        if not (is_finite(before) and is_finite(goal)) or abs(before - goal) < NEGLIGIBLE_GAP:
             continue
-        if value is None:
+        if not is_finite(value):
             return None
         shares.append(1.0 - abs(value - goal) / abs(before - goal))
     return sum(shares) / len(shares) if shares else None
-
-
-def _distance(metric: str, value: object) -> float | None:
-    if not is_finite(value):
-        return None
-    return abs(value - 0.5) if metric.endswith("auc") else float(value)
 
 
 def with_references(rows: Iterable[Row], references: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from hamu.reports.tables import (
     pareto_front,
     setting_text,
     varying_settings,
+    with_settings,
 )
 from hamu.reports.timing import peaks_text
 from hamu.reports.views import View
@@ -103,8 +104,10 @@ def _write_page(folder: Path, rows: Sequence[Row], summary: Mapping[str, Any]) -
 
 def render_page(rows: Sequence[Row], summary: Mapping[str, Any], png: bytes) -> str:
     """The report as one HTML text: pure, every value escaped, the figure inside it."""
-    names = varying_settings(rows)
+    names = tuple(summary.get("settings") or varying_settings(rows))
+    rows = with_settings(rows, names)
     settings = {key: column for key, column in _SETTING_COLUMNS.items() if key in names or key == "method"}
+    settings |= {name: (name, "s") for name in names if name not in _SETTING_COLUMNS}
     if any(row.get("relative_constraint") for row in rows):
         settings |= {"relative_constraint": ("ratio is of S", "s")}
     fixed = {key: next((row[key] for row in rows if row.get(key) is not None), None) for key in _SETTING_COLUMNS}
@@ -163,7 +166,7 @@ def _headline(rows: Sequence[Row], summary: Mapping[str, Any], names: Iterable[s
             f"{_cell(chosen.get(f'{split}_accuracy'), '%')} %"
             for split in ("retain", "forget", "test")
         )
-        words = setting_text(chosen, dict.fromkeys(("learning_rate", "constraint_ratio", *names)))
+        words = setting_text({**original, **chosen}, dict.fromkeys(("learning_rate", "constraint_ratio", *names)))
         return f"Use <b>{escape(words)}</b>. {escape(changes)}. {_steps_text(chosen)}"
     if not rows:
         return "No trial has ended yet."

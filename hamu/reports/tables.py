@@ -6,6 +6,7 @@ default the reference view where the trials were compared with retrained models,
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -122,21 +123,35 @@ def setting_text(row: Row, names: Iterable[str] = SETTINGS) -> str:
     parts = [str(row.get("method", "?"))]
     for name in names:
         if name != "method" and (value := row.get(name)) is not None and value == value:
-            parts.append(value if isinstance(value, str) else f"{_SHORT.get(name, name)} {value:g}")
+            is_bare = isinstance(value, str) and name in SETTINGS
+            shown = f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+            parts.append(shown if is_bare else f"{_SHORT.get(name, name)} {shown}")
             if name == "constraint_ratio" and row.get("relative_constraint"):
                 parts[-1] += " of S"
     return ", ".join(parts)
 
 
-def front_text(rows: Sequence[Row], view: View | None = None) -> str:
+def with_settings(rows: Iterable[Row], names: Iterable[str]) -> list[dict[str, Any]]:
+    """Copies of the rows with settings that have no column of their own, read from each trial's configuration."""
+    lacking = [name for name in names if name not in SETTINGS]
+    told = [dict(row) for row in rows]
+    for row in told if lacking else ():
+        config = json.loads(row.get("config") or "{}")
+        row |= {name: config.get(name) for name in lacking if name not in row}
+    return told
+
+
+def front_text(rows: Sequence[Row], view: View | None = None, names: Sequence[str] | None = None) -> str:
     """The Pareto front for a terminal, most forgetting first; `*` marks the setting to use.
 
     Losses in nats; the reference view has a column of closeness besides. A sweep that measured times alone gives those.
+    names: of the settings to tell, columns or flags; default: those that vary.
     """
     view = view or view_of(rows)
     if is_timing(rows):
         return timing_text(rows)
-    front, chosen, names = pareto_front(rows, view), recommended(rows, view), varying_settings(rows)
+    names = varying_settings(rows) if names is None else names
+    front, chosen = with_settings(pareto_front(rows, view), names), recommended(rows, view)
     if not front:
         return "no trial has finite results yet"
     columns = {"forget_closeness": "closeness"} if view.name == "reference" else {}

@@ -83,6 +83,8 @@ def local_dataset(tmp_path: Path) -> Path:
         (["--target", "forget_accuracy<=retrained", "--no-with-reference"], "drop that flag"),
         (["--scale", "smal"], "did you mean 'small'?"),
         (["--seeds", "1,x"], "seed"),
+        (["--seeds", "1,2", "--set", "seed=3"], "say the same twice"),
+        (["--target", "forget_closeness>=retrained"], "closeness to itself is 1"),
         (["--set", "lr=0.1..0.01:3"], "0.1..0.01"),
         (["--probe", "0"], "give 1 or more"),
         (["--gpus-per-worker", "half"], "give a share such as 0.5, a whole number, or auto"),

@@ -16,6 +16,7 @@ from hamu.reports.tables import (
     recommended,
     setting_text,
     varying_settings,
+    with_settings,
 )
 
 
@@ -156,3 +157,9 @@ def test_settings_of_forget_sets_and_of_relative_ratios_are_told_in_words() -> N
     assert setting_text(rows[0], ("constraint_ratio", "forget_set")) == "hamu-q, ratio 0.3 of S, forget_1"
     by_rho = [{"method": "ft", "forget_set": f"forget_0_{rho}", "rho": rho} for rho in (0.0, 0.5)]
     assert [setting_text(row, varying_settings(by_rho)) for row in by_rho] == ["ft, rho 0", "ft, rho 0.5"]
+
+
+def test_settings_without_a_column_are_read_from_the_configuration_and_told() -> None:
+    rows = [{**trial("a", 1.0, 0.0), "config": '{"use_optimizer": true, "learning_rate": 0.01}'}]
+    assert with_settings(rows, ("method", "use_optimizer"))[0]["use_optimizer"] is True
+    assert "use_optimizer True" in front_text(rows, names=("method", "constraint_ratio", "use_optimizer")).splitlines()[1]

@@ -47,8 +47,12 @@ def test_over_shoot_counts_as_distance():
     assert forget_closeness(compared(loss=400.0)) < -40
 
 
-def test_an_auc_on_the_other_side_of_a_half_is_as_far():
-    assert forget_closeness(compared(auc=0.1)) == pytest.approx(1.0)
+def test_a_trial_on_its_way_is_between_the_two_models_on_both_sides_of_an_auc_of_a_half():
+    """As where a whole class is forgotten: the original tells its rows by a low loss, the retrained model by a high one."""
+    ends = {"original_forget_test_loss_auc": 0.75, "retrained_forget_test_loss_auc": 0.05}
+    way = [forget_closeness(compared(auc=auc, **ends)) for auc in (0.75, 0.6, 0.5, 0.3, 0.05)]
+    assert way == sorted(way)
+    assert way[-1] == pytest.approx(1.0)
 
 
 def test_a_part_without_a_gap_is_left_out():

@@ -24,6 +24,7 @@ ROW = {
         ("forget_test_loss_auc<=.5+1e-2", "forget_test_loss_auc", True, None, 0.51),
         ("retain_utility>=-0.5", "retain_utility", False, None, -0.5),
         ("forget_loss>=retrained+0.1", "forget_loss", False, "retrained", 0.1),
+        ("forget_closeness>=0.9", "forget_closeness", False, None, 0.9),
     ],
 )
 def test_a_condition_is_a_metric_a_side_and_a_limit(text, metric, at_most, base, shift):

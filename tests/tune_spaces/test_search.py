@@ -163,8 +163,11 @@ def test_no_gain_never_stops_where_the_hypervolume_is_not_known():
     assert len(play(SearchSettings(until="no-gain:3"), POOL, rows, view=PAPER)[0]) == 60
 
 
-@pytest.mark.parametrize("bad", [{"status": "failed"}, {"forget_quality": None, "retain_utility": None}])
-def test_trials_that_failed_or_have_no_place_yet_do_not_count_as_without_gain(bad):
+@pytest.mark.parametrize(
+    "bad",
+    [{"status": "failed"}, {"forget_quality": None, "retain_utility": None}, {"forget_quality": -0.1, "retain_utility": 0.0}],
+)
+def test_trials_that_failed_have_no_place_or_forgot_nothing_do_not_count_before_the_first_gain(bad):
     rule = NoGain(PAPER, 2)
     for i in range(9):
         rule.tell(f"none{i}", {**ROWS["0000-hamu-q"], **bad})
