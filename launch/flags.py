@@ -81,7 +81,7 @@ def _add_search(group: Any) -> None:
     add("--trials", type=int, metavar="N", help="how many to run (default: grid all, a search half of them)")
     add("--until", metavar="RULE", help="stop early: no-gain:10 when the front's hypervolume has not grown over 10 trials")
     add("--target", metavar="RULE", action="append", default=[],
-        help='search for a trial with e.g. "forget_accuracy<=retrained" (or original, or a number); the first ends it')  # fmt: skip
+        help='search for a trial with e.g. "forget_accuracy<=retrained" (original, or a number); the first ends it')  # fmt: skip
     add("--keep", metavar="RULE", action="append", default=[],
         help='what has to hold besides --target, e.g. "retain_accuracy>=original-0.01"')  # fmt: skip
     add("--scheduler", metavar="NAME",
