@@ -59,7 +59,7 @@ def main() -> int:
         ("quickstart: wall_s", quick["wall_s"], "<=", quick["wall_limit_s"]),
         ("quickstart: warm slot's set-up, s", quick["warm_setup_max_s"], "<=", 0.5),
         ("quickstart: the whole command, s", quick["command_s"], "<=", 150.0),
-        ("quickstart: trials on the front", quick["front"], ">=", 4),
+        ("quickstart: trials on the front of the paper view", quick["front"], ">=", 4),
         ("quickstart: trials ended within 5 steps", quick["within_5_steps"], "<=", quick["trials"] / 4),
     ]
     if has_amx():
