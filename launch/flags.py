@@ -6,12 +6,14 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from hamu.errors import ConfigError
 from hamu.training.inputs import is_local_path
 from hamu.training.probe import N_PAIRS
 from launch.pairing import Pairing
+from launch.plan import search_of
 from tune_spaces.goals import CLOSENESS
 from tune_spaces.scale import SCALES
 from tune_spaces.search import SCHEDULERS, SEARCHES, SearchSettings
@@ -148,15 +150,17 @@ def search_settings(args: argparse.Namespace, space: Space) -> SearchSettings:
     Raises:
         ConfigError: a name is unknown, or a rule cannot be read.
     """
-    scheduler = args.scheduler if args.scheduler is not None else space.scheduler
-    return SearchSettings(
-        name=args.search or space.search,
+    own = search_of(space)
+    scheduler = args.scheduler if args.scheduler is not None else own.scheduler
+    return replace(
+        own,
+        name=args.search or own.name,
         trials=args.trials,
         until=args.until,
         target=tuple(args.target),
         keep=tuple(args.keep),
         scheduler=None if scheduler == _NONE else scheduler,
-        score=args.score or space.score,
+        score=args.score or own.score,
     )
 
 

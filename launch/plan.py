@@ -19,6 +19,7 @@ from hamu.training.fields import merge_known
 from hamu.training.run_settings import DATASET_PARTS
 from launch.overrides import DECIDED, read_overrides
 from launch.pairing import check_one_value
+from tune_spaces.scale import FULL
 from tune_spaces.search import SearchSettings
 from tune_spaces.space import METHOD, Space
 
@@ -68,7 +69,7 @@ class Plan:
     root: Path
     script: str | None = None
     published: int | None = None
-    scale: str = "full"
+    scale: str = FULL
     references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     search: SearchSettings = field(default_factory=SearchSettings)
 
@@ -157,7 +158,7 @@ def make_plan(
     name: str,
     overrides: Mapping[str, tuple[Any, ...]],
     root: Path,
-    scale: str = "full",
+    scale: str = FULL,
     search: SearchSettings | None = None,
     with_reference: bool | None = None,
 ) -> Plan:
@@ -179,7 +180,7 @@ def make_plan(
         check_one_value(key, values)
     space = space.scaled(scale, overrides)
     if search is None:
-        search = SearchSettings(name=space.search, scheduler=space.scheduler, score=space.score)
+        search = search_of(space)
     wants_references = space.with_reference if with_reference is None else with_reference
     defaults = TrainConfig.from_flat({"modality": _modality(space)}).to_flat()
     originals: dict[str, dict[str, Any]] = {}
@@ -231,6 +232,15 @@ class _Keys:
         if text not in self._found:
             self._found[text] = TrainConfig.from_flat(settings).recipe_hash()
         return self._found[text]
+
+
+def search_of(space: Space) -> SearchSettings:
+    """How a space says that its trials are chosen.
+
+    Raises:
+        ConfigError: a name in it is unknown.
+    """
+    return SearchSettings(name=space.search, scheduler=space.scheduler, score=space.score)
 
 
 def _modality(space: Space) -> str:

@@ -42,6 +42,7 @@ from launch.scheduling import check_schedule  # noqa: E402
 from launch.search_checks import check_search  # noqa: E402
 from launch.signals import Interrupted, Signals  # noqa: E402
 from launch.standing import left_words, resume_command, standing  # noqa: E402
+from tune_spaces.scale import FULL  # noqa: E402
 from tune_spaces.space import find_space, list_spaces, load_space  # noqa: E402
 
 
@@ -94,7 +95,7 @@ def new_plan(args: argparse.Namespace, root: Path) -> Plan:
         name=args.name or f"{space.sweep}-{time.strftime('%Y%m%d-%H%M%S')}",
         overrides=overrides,
         root=root,
-        scale=args.scale or "full",
+        scale=args.scale or FULL,
         search=search_settings(args, space),
         with_reference=wants_references(args, space, overrides.get("model_name", ())),
     )
