@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 
 class HamuError(Exception):
@@ -20,6 +23,26 @@ class DataError(HamuError):
 
 class CheckpointError(HamuError):
     """A model folder or a checkpoint is missing, broken or of another run."""
+
+
+class CorruptError(DataError, CheckpointError):
+    """A file of ours is not as it was written: cut, or changed since. It has been named, and nothing of it is used.
+
+    Args:
+        path: the file.
+        why: what is wrong with it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], why: str = "not as it was written") -> None:
+        super().__init__(f"{os.fspath(path)} is broken and cannot be read ({why}); set it aside, and what it is of is made again")
+        self.path, self.why = Path(path), why
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.why)
+
+
+class LeaseError(ConfigError):
+    """A folder is owned by another process, or no longer by this one."""
 
 
 def unknown(kind: str, value: object, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from hamu.training.records import SPLITS
 from launch.machine import Machine, Slots
 from launch.plan import Plan, trial_columns
 from launch.results import SweepFolder, write_json
-from launch.runs import read_runs
+from launch.runs import all_runs
 from launch.standing import resume_command
 
 _COLUMN_OF = {"unlearning_method": "method", "hard_probability": "rho"}
@@ -31,7 +31,7 @@ def write_summary(plan: Plan, folder: SweepFolder, *, slots: Slots, machine: Mac
     and accuracies of the original and the retrained model, where all trials share them), `warm_start_s` and `versions`.
     """
     rows = folder.write_trials()
-    runs = read_runs(folder.runs_path)
+    runs = all_runs(folder.path)
     cost = cost_of(
         rows, n_slots=slots.count, cpus_per_trial=slots.cpus_per_trial, gpus_per_trial=slots.gpus_per_trial,
         wall_s=wall_seconds(rows, runs),

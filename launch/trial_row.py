@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from hamu.errors import CorruptError
+from hamu.storage import mount
+from hamu.storage.files import read_json
 
 
 def said(error: BaseException) -> str:
@@ -20,10 +23,11 @@ def memory_words(*, peak: int, estimate: int | None) -> str:
 
 
 def read_row(path: Path) -> dict[str, Any]:
-    """A trial's row.json; empty where there is none."""
+    """A trial's row.json, as it is in the store too; empty where there is none, or a broken one."""
+    mount.fetch(path)
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path)
+    except (OSError, CorruptError):
         return {}
 
 

@@ -72,8 +72,9 @@ def wall_seconds(rows: Sequence[Row], runs: Sequence[Mapping[str, float]] = ()) 
 
     Args:
         rows: of trials.
-        runs: `started_at` and `ended_at` of each run of the sweep, unix seconds, in order. Trials that ended before the first of
-            them, in a sweep whose runs were not kept then, count from the first start to the last end.
+        runs: `started_at` and `ended_at` of each run of the sweep, unix seconds; where they overlap, as those of shares of a
+            sweep on several nodes do, that time counts once. Trials that ended before the first of them, in a sweep whose runs
+            were not kept then, count from the first start to the last end.
     """
     kept_from = min((run["started_at"] for run in runs), default=math.inf)
     times = [(row.get("started_at"), row.get("ended_at")) for row in rows]
@@ -81,7 +82,13 @@ def wall_seconds(rows: Sequence[Row], runs: Sequence[Mapping[str, float]] = ()) 
     spans = [(run["started_at"], run["ended_at"]) for run in runs]
     if before:
         spans.append((min(start for start, _ in before), max(end for _, end in before)))
-    return sum(end - start for start, end in spans) if spans else None
+    if not spans:
+        return None
+    seconds, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        seconds += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return seconds
 
 
 def cost_text(cost: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from hamu.reports.rows import Row
 from hamu.reports.tables import comparable, pareto_front, recommended, setting_text, varying_settings
 from hamu.reports.timing import is_timing, timing_rows
 from hamu.reports.views import View, view_of
-from hamu.training.records import replacing
+from hamu.storage.files import patiently, replacing
 
 # Colours that stay apart for colour-blind readers and in print; HAMU's two are the strongest. The marks differ as well.
 METHOD_STYLES: dict[str, tuple[str, str]] = {
@@ -59,8 +59,12 @@ def pareto_png(rows: Sequence[Row], path: Path, *, title: str = "", dpi: int = 1
         _draw_times(axes, rows, title)
     else:
         _draw_sweep(axes, canvas, rows, title, view)
-    with replacing(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": "hamu"})
+
+    def write() -> None:
+        with replacing(Path(path)) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": "hamu"})
+
+    patiently(write, folder=Path(path).parent)
 
 
 def _draw_times(axes: Axes, rows: Sequence[Row], title: str) -> None:

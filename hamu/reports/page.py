@@ -7,7 +7,6 @@ write_results(Path("artifacts/results/digits/quickstart"))     # reads trials.pa
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -28,7 +27,8 @@ from hamu.reports.tables import (
 )
 from hamu.reports.timing import peaks_text
 from hamu.reports.views import View
-from hamu.training.records import read_trials, replacing
+from hamu.storage.files import patiently, read_json, replacing
+from hamu.training.records import read_trials
 
 _FACTS = ("name", "space", "task", "slots", "hardware", "cost", "search", "references_failed")
 
@@ -88,18 +88,23 @@ def _summary_of(folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": folder.name, "space": folder.name, "task": folder.parent.name, "slots": None}
     for name in ("sweep.json", "summary.json"):
         if (folder / name).exists():
-            known = json.loads((folder / name).read_text(encoding="utf-8"))
+            known = read_json(folder / name)
             facts.update({key: known[key] for key in _FACTS if known.get(key) is not None})
     if isinstance(facts["space"], Mapping):  # a plan may hold the whole space, not its name
         facts["space"] = facts["space"].get("name", folder.name)
     of_the_launcher = {key: facts.pop(key) for key in ("search", "references_failed") if key in facts}
-    runs = json.loads((folder / "runs.json").read_text(encoding="utf-8")) if (folder / "runs.json").exists() else ()
+    runs = [run for path in sorted(folder.glob("runs*.json")) for run in read_json(path)]
     return summarise(rows, runs=runs, **facts) | of_the_launcher
 
 
 def _write_page(folder: Path, rows: Sequence[Row], summary: Mapping[str, Any]) -> None:
-    with replacing(folder / "report.html") as temporary:
-        temporary.write_text(render_page(rows, summary, (folder / "pareto.png").read_bytes()), encoding="utf-8")
+    page = render_page(rows, summary, (folder / "pareto.png").read_bytes())
+
+    def write() -> None:
+        with replacing(folder / "report.html") as temporary:
+            temporary.write_text(page, encoding="utf-8")
+
+    patiently(write, folder=folder)
 
 
 def render_page(rows: Sequence[Row], summary: Mapping[str, Any], png: bytes) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hamu.errors import CheckpointError
+from hamu.storage import mount
 from hamu.tasks.catalog import MODALITIES, is_built_in, modality_of
 from hamu.training.artifacts import check_replaceable, holds_model, read_record, recipe_at, trained_model_path
 from hamu.training.config import TrainConfig
@@ -80,6 +81,7 @@ def find_start(config: TrainConfig) -> Path | None:
     if not config.is_unlearning:
         return None
     path = trained_model_path(config, variant="full")
+    mount.fetch(path)
     if not path.is_dir():
         others = siblings(path)
         beside = f" (beside it: {', '.join(others)})" if others else ""

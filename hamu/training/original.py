@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hamu.errors import CheckpointError, ConfigError
+from hamu.errors import CheckpointError, ConfigError, LeaseError
 from hamu.models.record import json_text
+from hamu.storage import mount
+from hamu.storage.files import patiently
+from hamu.storage.lease import Lease
 from hamu.tasks.base import Data, Task
 from hamu.tasks.catalog import modality_of
 from hamu.training.artifacts import (
@@ -103,7 +106,7 @@ def provide_model(config: TrainConfig, data: Data, *, progress: bool = False) ->
     start = None if folder is None else start_model_of(folder)
     recipe = recipe_of(config, data.sha256, start)
     published = published_path(config)
-    with locked(published):
+    with locked(published) as lease:
         if adopts(published):
             return published
         path = place_for(published, recipe)
@@ -118,6 +121,7 @@ def provide_model(config: TrainConfig, data: Data, *, progress: bool = False) ->
         check_fit_to_start_from(config, run.result, path)
         split = task.forget_set.sha256
         record = make_record(config, data_sha256=data.sha256, split_sha256=split, result=run.result.row(), start_model=start)
+        lease.check()
         save_model(task, model, path, record)
         split = "test" if "test_accuracy" in run.result.after else "retain"
         logger.info("trained %s: %s accuracy %.4f", path, split, run.result.after.get(f"{split}_accuracy", float("nan")))
@@ -170,12 +174,22 @@ def publish_model(config: TrainConfig, task: Task, model: nn.Module, record: Map
     return path
 
 
-def save_model(task: Task, model: nn.Module, path: Path, record: Mapping[str, Any]) -> None:
+def save_model(
+    task: Task, model: nn.Module, path: Path, record: Mapping[str, Any], *, wait: Callable[[str], None] | None = None
+) -> None:
     """Write a model folder that is complete when it is there; a folder of the same recipe is replaced, nothing else.
+
+    wait: as in `files.patiently`, for a storage that is full.
 
     Raises:
         CheckpointError: something else lies there.
     """
+    mount.fetch(path)
+    patiently(lambda: _save_model(task, model, path, record), wait=wait, folder=path.parent)
+    mount.publish(path)
+
+
+def _save_model(task: Task, model: nn.Module, path: Path, record: Mapping[str, Any]) -> None:
     check_replaceable(path, str(record["recipe"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     # A folder of its own name in the same file system: the renames below move nothing, and nobody else writes in there.
@@ -200,13 +214,18 @@ def save_model(task: Task, model: nn.Module, path: Path, record: Mapping[str, An
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a published place, which every writer of models there takes; released when the process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process that makes a model at %s", path)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def locked(path: Path) -> Iterator[Lease]:
+    """Hold the lease of a published place, which every writer of models there takes, and have what others wrote there."""
+    name = f".{path.name}.lease"
+    lease = Lease(path.parent, name)
+    try:
+        lease.__enter__()
+    except LeaseError:
+        logger.info("waiting for another process that makes a model at %s", mount.shown(path))
+        lease = Lease(path.parent, name, patience_s=math.inf, say=logger.info)
+        lease.__enter__()
+    try:
+        mount.fetch(path.parent, only=lambda name: name.startswith(path.name))
+        yield lease
+    finally:
+        lease.release()

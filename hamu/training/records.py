@@ -4,27 +4,31 @@ Files of a trial in the records folder:
     <trial_id>-00000.parquet, -00001 ...   parts while it runs, one a flush, never changed once there
     <trial_id>.parquet                     the same rows in one file once it has ended, one row group a part
     .<name>.<process>.tmp                  a file being written; `os.replace` gives it its name
+    <name>.corrupt-<n>                     a file that was broken and has been set aside; nobody reads it
 
 A reader takes the one file where it exists and the parts otherwise, so a process killed between writing the one and
 removing the others counts nothing twice. A run that resumes calls `Recorder.truncate` with the number of parts that its
 checkpoint knew of (0 without a checkpoint), so no step is recorded twice either. All this holds for killed processes;
-nothing is fsync'd, so a power cut may cost the newest files.
+nothing is fsync'd, so a power cut may cost the newest files. Every file carries checksums (`hamu.storage.parquet`): one that is
+broken is named by a CorruptError, and `Recorder.start_anew` sets it aside so that its trial can run again.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from hamu.errors import ConfigError, DataError, unknown
+from hamu.errors import ConfigError, CorruptError, DataError, unknown
+from hamu.storage import mount
+from hamu.storage.files import replacing, set_aside
+from hamu.storage.parquet import check_parquet, open_parquet, write_parquet
 from hamu.training.record_columns import (
     HARDNESS_COLUMNS,
     IDENTITY_FIELDS,
@@ -50,21 +54,12 @@ __all__ = [
     "write_trials",
 ]
 
+logger = logging.getLogger(__name__)
+
 _PART = re.compile(r"(?P<trial>.+)-(?P<part>\d{5})\.parquet")
 _TRIAL_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
 _MAX_PARTS = 100_000
 _READ_ATTEMPTS = 100
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path (dot-name, same folder) that becomes `path` after the block, or vanishes if it fails."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Recorder:
@@ -73,12 +68,13 @@ class Recorder:
     Args:
         folder: the records folder, shared by all trials of a sweep; made when missing. One recorder a trial at a time.
         identity: columns that every row of the trial carries; `trial_id` is required (it names the files).
+        wait: told while the storage is full, as in `files.patiently`.
 
     Raises:
         ConfigError: an unknown column, or a trial id that cannot name a file.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, wait: Callable[[str], None] | None = None) -> None:
         self.folder = Path(folder)
         self.identity = dict(identity)
         _check_columns(self.identity, RECORD_SCHEMA)
@@ -89,7 +85,9 @@ class Recorder:
                 "and do not end in '-' and five digits"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._wait = wait
         self._rows: list[dict[str, Any]] = []
+        mount.fetch(self.folder, only=lambda name: _trial_of(name) == self.trial_id)
         self._next_part = self._count_parts()
 
     @property
@@ -121,7 +119,7 @@ class Recorder:
         if self.path.exists():  # the trial had ended and goes on: as long as this file is there, parts are not read
             self._cut(self._next_part)
         rows = [{**row, **self.identity} for row in self._rows]
-        _write_parquet(self._part(self._next_part), pa.Table.from_pylist(rows, schema=RECORD_SCHEMA))
+        write_parquet(self._part(self._next_part), [pa.Table.from_pylist(rows, schema=RECORD_SCHEMA)], wait=self._wait)
         self._next_part += 1
         self._rows.clear()
 
@@ -129,43 +127,62 @@ class Recorder:
         """Keep the first `n_parts` parts and forget everything later, pending rows included; undoes `finish` too.
 
         Raises:
-            DataError: fewer parts are on disk (records of another run, or removed by hand).
+            CorruptError: one of those parts is broken or missing; the trial can `start_anew`.
         """
+        if n_parts and self.path.exists():
+            check_parquet(self.path)
         if not 0 <= n_parts <= self._next_part:
-            raise DataError(
-                f"the checkpoint of trial {self.trial_id!r} knows {n_parts} record parts, {self.folder} holds "
-                f"{self._next_part}; restore the records, or remove the trial's checkpoint to start it again"
+            raise CorruptError(
+                self.path if self.path.exists() else self._part(self._next_part),
+                f"the checkpoint of trial {self.trial_id!r} knows {n_parts} record parts, {mount.shown(self.folder)} holds "
+                f"{self._next_part}",
             )
+        if not self.path.exists():
+            for part in range(n_parts):
+                self._read_part(part)
         self._rows.clear()
         self._cut(n_parts)
 
+    def start_anew(self) -> None:
+        """Forget all of the trial's records, pending rows included; files that are broken are set aside, not removed."""
+        self._rows.clear()
+        self._cut(0)
+
     def _cut(self, n_parts: int) -> None:
-        if self.path.exists():
-            with pq.ParquetFile(self.path) as compacted:
+        if n_parts and self.path.exists():
+            with open_parquet(self.path) as compacted:
                 for part in range(n_parts):
-                    _write_parquet(self._part(part), compacted.read_row_group(part))
+                    write_parquet(self._part(part), [compacted.read_row_group(part)], wait=self._wait)
         for part in reversed(self._parts_on_disk()):  # from the end, so that a kill in here leaves no gap
             if part >= n_parts:
-                self._part(part).unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)  # last: until here a reader took this file, from here on the parts
+                _drop(self._part(part))
+        _drop(self.path)  # last: until here a reader took this file, from here on the parts
         for leftover in self.folder.glob(".*.tmp"):  # of a process killed while writing this trial's file
             if _trial_of(leftover.name[1:].rsplit(".", 2)[0]) == self.trial_id:
                 leftover.unlink(missing_ok=True)
         self._next_part = n_parts
 
     def finish(self) -> None:
-        """Flush, then put all parts into one file, one row group each; calling it again changes nothing."""
+        """Flush, then put all parts into one file, one row group each; calling it again changes nothing.
+
+        Raises:
+            CorruptError: a part is broken or missing.
+        """
         self.flush()
+        left = self._parts_on_disk()
+        if left and self.path.exists():
+            check_parquet(self.path)  # before the parts go
         if not self.path.exists() and self._next_part:
-            with (
-                replacing(self.path) as temporary,
-                pq.ParquetWriter(temporary, RECORD_SCHEMA, compression="zstd") as writer,
-            ):
-                for part in range(self._next_part):
-                    table = _with_columns(_read_parquet(self._part(part)), RECORD_SCHEMA)
-                    writer.write_table(table, row_group_size=max(1, table.num_rows))
+            parts = [_with_columns(self._read_part(part), RECORD_SCHEMA) for part in range(self._next_part)]
+            write_parquet(self.path, parts, wait=self._wait)
         for part in self._parts_on_disk():
-            self._part(part).unlink(missing_ok=True)
+            mount.remove(self._part(part))
+
+    def _read_part(self, part: int) -> pa.Table:
+        try:
+            return _read_parquet(self._part(part))
+        except FileNotFoundError:
+            raise CorruptError(self._part(part), "it is missing") from None
 
     def _part(self, part: int) -> Path:
         return self.folder / f"{self.trial_id}-{part:05d}.parquet"
@@ -176,8 +193,11 @@ class Recorder:
 
     def _count_parts(self) -> int:
         if self.path.exists():
-            with pq.ParquetFile(self.path) as compacted:
-                return compacted.num_row_groups
+            try:
+                with open_parquet(self.path) as compacted:
+                    return compacted.num_row_groups
+            except CorruptError:
+                return 0  # which is said when it is to be read, and no reason not to start anew
         return max(self._parts_on_disk(), default=-1) + 1
 
 
@@ -188,9 +208,11 @@ def read_records(folder: Path) -> pa.Table:
         A table of RECORD_SCHEMA; a column that an older file lacks is null. Empty when nothing is recorded yet.
 
     Raises:
-        DataError: the folder does not exist, or a file in it is no Parquet file.
+        DataError: the folder does not exist.
+        CorruptError: a file in it is no Parquet file, or not as it was written.
     """
     folder = Path(folder)
+    mount.fetch(folder)
     for attempt in range(_READ_ATTEMPTS):
         before = _snapshot(folder)
         chosen = _without_compacted_parts(before)
@@ -207,8 +229,8 @@ def read_records(folder: Path) -> pa.Table:
     raise DataError(f"the records in {folder} changed during each of {_READ_ATTEMPTS} readings; read them again later")
 
 
-def write_trials(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one row a trial as `path`, replacing it whole; missing keys are null.
+def write_trials(path: Path, rows: Iterable[Mapping[str, Any]], *, wait: Callable[[str], None] | None = None) -> None:
+    """Write one row a trial as `path`, replacing it whole; missing keys are null. wait: as in `files.patiently`.
 
     Raises:
         ConfigError: a row has a key that TRIAL_SCHEMA lacks.
@@ -218,15 +240,17 @@ def write_trials(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         _check_columns(row, TRIAL_SCHEMA)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_parquet(path, pa.Table.from_pylist(kept, schema=TRIAL_SCHEMA))
+    write_parquet(path, [pa.Table.from_pylist(kept, schema=TRIAL_SCHEMA)], wait=wait)
 
 
 def read_trials(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a trials.parquet as dicts with every column of TRIAL_SCHEMA (null: None).
 
     Raises:
-        DataError: the file does not exist or is no Parquet file.
+        DataError: the file does not exist.
+        CorruptError: it is no Parquet file, or not as it was written.
     """
+    mount.fetch(Path(path))
     try:
         return _with_columns(_read_parquet(Path(path)), TRIAL_SCHEMA).to_pylist()
     except FileNotFoundError:
@@ -275,20 +299,26 @@ def _without_compacted_parts(names: Iterable[str]) -> list[str]:
 
 
 def _read_parquet(path: Path) -> pa.Table:
+    with open_parquet(path) as file:
+        return file.read()
+
+
+def _drop(path: Path) -> None:
+    """Remove a file; one that is broken is set aside for the user to look at."""
     try:
-        with pq.ParquetFile(path) as file:
-            return file.read()
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is no complete Parquet file ({str(error).splitlines()[0]}); remove it or restore it") from None
-
-
-def _write_parquet(path: Path, table: pa.Table) -> None:
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", row_group_size=max(1, table.num_rows))
+        check_parquet(path)
+    except FileNotFoundError:
+        return
+    except CorruptError as error:
+        logger.warning("%s; it lies at %s now", error, set_aside(path).name)
+        return
+    mount.remove(path)
 
 
 def _with_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The table in the schema's columns: missing ones null, others dropped, types cast."""
+    if table.schema.equals(schema):  # as of every file of this version
+        return table
     columns = [
         table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
         for field in schema

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,17 +12,21 @@ from pathlib import Path
 
 import pytest
 
-from hamu.errors import ConfigError, DataError
+from hamu.errors import ConfigError, DataError, LeaseError
+from hamu.storage.files import on_wait, read_json
 from hamu.training.records import read_trials
 from launch.plan import Plan, make_plan
 from launch.results import SweepFolder, check_free, find_sweep, trial_lock, write_json
+from launch.runs import Runs, read_runs
 from launch.shared import failed_row
+from launch.trial_row import read_row
 from tune_spaces.space import load_space
 
 HOLD = """
-import fcntl, sys, time
-with open(sys.argv[1], "a") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+import sys, time
+from pathlib import Path
+from hamu.storage.lease import Lease
+with Lease(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -100,7 +106,7 @@ def test_a_sweep_that_is_not_there_cannot_be_resumed(tmp_path: Path) -> None:
 
 def test_a_lease_is_held_by_one_process_and_lost_by_a_dead_one(tmp_path: Path) -> None:
     _, folder = started(tmp_path)
-    owner = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path / ".lease")], stdout=subprocess.PIPE)
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path)], stdout=subprocess.PIPE)
     try:
         assert owner.stdout is not None
         owner.stdout.readline()
@@ -109,18 +115,36 @@ def test_a_lease_is_held_by_one_process_and_lost_by_a_dead_one(tmp_path: Path) -
     finally:
         owner.kill()
         owner.wait()
-    with folder.lease():
-        assert json.loads((folder.path / ".lease").read_text())["pid"]
+    with folder.lease() as lease:
+        lease.check()
+    assert [path.name for path in folder.path.glob(".lease*")] == [".lease.3"]
+
+
+def test_shares_of_a_sweep_are_held_side_by_side_and_not_beside_the_whole(tmp_path: Path) -> None:
+    _, folder = started(tmp_path)
+    with folder.lease("1-of-4"), folder.lease("2-of-4"):
+        with pytest.raises(LeaseError, match="is in use by process"), folder.lease("2-of-4"):
+            pass
+        with pytest.raises(LeaseError, match="is in use by process .* as part [12]/4; wait for it"), folder.lease():
+            pass
+    with (
+        folder.lease(),
+        pytest.raises(LeaseError, match="is in use by process .*; wait for it, stop it, or choose another --name"),
+        folder.lease("3-of-4"),
+    ):
+        pass
+    with folder.lease("3-of-4"):
+        pass
 
 
 def test_a_trial_waits_for_the_process_that_still_writes_it(tmp_path: Path) -> None:
     with (
-        pytest.raises(DataError, match="still written by another process"),
+        pytest.raises(LeaseError, match="is in use by process"),
         trial_lock(tmp_path / "t"),
         trial_lock(tmp_path / "t", patience_s=0.1),
     ):
         pass
-    owner = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "t" / ".lock")], stdout=subprocess.PIPE)
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "t")], stdout=subprocess.PIPE)
     assert owner.stdout is not None
     owner.stdout.readline()
     owner.kill()
@@ -132,7 +156,72 @@ def test_a_trial_waits_for_the_process_that_still_writes_it(tmp_path: Path) -> N
 
 def test_json_has_null_for_numbers_that_it_lacks(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"nan": float("nan"), "inf": [float("inf"), 1.5], "path": tmp_path, "none": None})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"nan": None, "inf": [None, 1.5], "path": str(tmp_path), "none": None}
+    said = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert len(said.pop("sha256")) == 64
+    assert said == {"nan": None, "inf": [None, 1.5], "path": str(tmp_path), "none": None}
+    assert read_json(tmp_path / "a.json") == said
+
+
+def test_a_broken_row_counts_as_none(tmp_path: Path) -> None:
+    plan, folder = started(tmp_path)
+    end_trial(plan, folder, 0, "finished")
+    end_trial(plan, folder, 1, "finished")
+    first, second = (trial.trial_id for trial in plan.trials[:2])
+    assert list(folder.rows()) == [first, second]
+    path = folder.trial(first) / "row.json"
+    path.write_text(path.read_text().replace('"finished"', '"finishee"'))
+    assert list(folder.rows()) == [second]
+    assert read_row(path) == {}
+
+
+def test_a_sweep_of_another_user_or_that_all_may_write_is_not_taken(tmp_path: Path) -> None:
+    _, folder = started(tmp_path)
+    folder.path.chmod(0o777)
+    with pytest.raises(ConfigError, match="can be written by everybody"):
+        find_sweep(tmp_path, "mine")
+    folder.path.chmod(0o755)
+    if os.geteuid() == 0:
+        os.chown(folder.path, 12345, -1)
+        with pytest.raises(ConfigError, match="belongs to user 12345"):
+            find_sweep(tmp_path, "mine")
+
+
+def test_a_full_storage_does_not_end_whoever_keeps_trials_parquet_and_runs_fresh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are skipped and that is said once; the last writing of each waits for space."""
+    plan, folder = started(tmp_path)
+    end_trial(plan, folder, 0, "finished")
+    said: list[str] = []
+    is_full = [True]
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if is_full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", replace)
+    monkeypatch.setattr("hamu.storage.files.RETRY_S", 0.01)
+    monkeypatch.setattr("launch.results._WRITE_EVERY_S", 0.0)
+    monkeypatch.setattr("launch.runs._WRITE_EVERY_S", 0.0)
+    on_wait(said.append)
+    try:
+        runs = Runs(folder.runs_path)
+        for _ in range(3):
+            folder.refresh_trials()
+            runs.note()
+        assert not folder.trials_parquet.exists()
+        assert sorted(text.rpartition("; ")[2] for text in said) == [
+            "runs.json is not brought up to date meanwhile", "trials.parquet is not brought up to date meanwhile",
+        ]  # fmt: skip
+        on_wait(lambda message: is_full.__setitem__(0, False))
+        assert len(folder.write_trials()) == 1
+        folder.refresh_trials()
+        runs.note()
+    finally:
+        on_wait(None)
+    assert len(read_trials(folder.trials_parquet)) == len(read_runs(folder.runs_path)) == 1
 
 
 def test_a_row_that_is_replaced_is_read_anew_and_any_other_is_not(tmp_path: Path) -> None:

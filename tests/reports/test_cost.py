@@ -46,6 +46,8 @@ def test_the_wall_time_of_a_resumed_sweep_leaves_the_pause_out() -> None:
     runs = [{"started_at": 0.0, "ended_at": 140.0}, {"started_at": 99_999.0, "ended_at": 100_100.0}]
     assert wall_seconds(rows, runs) == 140 + 101
     assert wall_seconds(rows, runs[1:]) == 130 + 101  # the first run was of a version that kept no runs
+    shares = [{"started_at": start, "ended_at": start + 50.0} for start in (0.0, 20.0, 100.0)]
+    assert wall_seconds([], shares) == 70 + 50  # shares of a sweep that ran at the same time
     assert wall_seconds([], runs[:1]) == 140  # killed before a trial ended
     assert wall_seconds([]) is None
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from hamu.errors import ConfigError, DataError
+from hamu.errors import ConfigError, CorruptError, DataError
 from hamu.training.records import (
     RECORD_SCHEMA,
     TRIAL_SCHEMA,
@@ -150,11 +150,64 @@ def test_checkpoint_that_knows_more_parts_than_there_are_is_refused(tmp_path):
         make_recorder(tmp_path).truncate(4)
 
 
+def break_file(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("was_finished", [False, True])
+def test_a_broken_record_that_the_checkpoint_knows_is_named_and_the_trial_starts_anew(tmp_path, was_finished):
+    for trial_id in (TRIAL, "other"):
+        recorder = make_recorder(tmp_path, trial_id)
+        for first in (0, 10, 20):
+            log_steps(recorder, first, first + 10)
+        if was_finished:
+            recorder.finish()
+    broken = tmp_path / (f"{TRIAL}.parquet" if was_finished else f"{TRIAL}-00001.parquet")
+    break_file(broken)
+    resumed = make_recorder(tmp_path)
+    with pytest.raises(CorruptError, match="is broken and cannot be read") as caught:
+        resumed.truncate(2)
+    assert caught.value.path == broken
+    with pytest.raises(CorruptError):
+        read_records(tmp_path)
+    resumed.start_anew()
+    assert resumed.n_parts == 0
+    assert broken.with_name(f"{broken.name}.corrupt-1").exists()
+    log_steps(resumed, 0, 5)
+    resumed.finish()
+    assert (steps_of(tmp_path), steps_of(tmp_path, "other")) == (list(range(5)), list(range(30)))
+
+
+def test_a_record_cut_in_the_middle_of_a_write_after_the_checkpoint_costs_nothing(tmp_path):
+    recorder = make_recorder(tmp_path)
+    for first in (0, 10, 20):
+        log_steps(recorder, first, first + 10)
+    last = tmp_path / f"{TRIAL}-00002.parquet"
+    last.write_bytes(last.read_bytes()[:40])
+    resumed = make_recorder(tmp_path)
+    resumed.truncate(2)
+    log_steps(resumed, 20, 30)
+    assert steps_of(tmp_path) == list(range(30))
+    assert (tmp_path / f"{last.name}.corrupt-1").exists()
+
+
+def test_a_missing_part_is_named(tmp_path):
+    recorder = make_recorder(tmp_path)
+    for first in (0, 10, 20):
+        log_steps(recorder, first, first + 10)
+    (tmp_path / f"{TRIAL}-00001.parquet").unlink()
+    for work in (lambda: make_recorder(tmp_path).truncate(3), make_recorder(tmp_path).finish):
+        with pytest.raises(CorruptError, match=r"-00001\.parquet is broken .*it is missing"):
+            work()
+
+
 def test_missing_folder_and_broken_file_are_named(tmp_path):
     with pytest.raises(DataError, match="no records folder"):
         read_records(tmp_path / "none")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(DataError, match=r"a\.parquet is no complete Parquet file"):
+    with pytest.raises(DataError, match=r"a\.parquet is broken and cannot be read \(no complete Parquet file"):
         read_records(tmp_path)
 
 
