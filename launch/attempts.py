@@ -1,19 +1,19 @@
 """How often a trial was begun, and what became of it: attempts.json in the trial's folder.
 
 A process may die in the middle of a trial without a word. Whoever begins the trial next finds an attempt that was never closed,
-so a trial that takes its process down is not tried for ever.
+so a trial that takes its process down is not tried for ever. A death on a node that was lost, or taken away, is not the trial's.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launch.results import write_json
+from hamu.storage import mount
+from hamu.storage.files import CorruptError, read_json, write_json
 
 MAX_DEATHS = 2
 """Attempts of one run of the sweep in which a trial may take its process down; then it has failed."""
@@ -24,26 +24,33 @@ UNSAID = "its process died (killed, or out of memory)"
 
 
 class Attempts:
-    """The attempts at one trial, oldest first: a list of `{"run": id, "error": text or null, "closed": bool}`.
+    """The attempts at one trial, oldest first: a list of `{"run": id, "nodes": ids, "error": text or null, "closed": bool}`.
 
     An attempt is closed when its trial was left in order, ended or not.
 
     Args:
         folder: of the trial.
         run: id of this run of the sweep; a sweep that is resumed tries its trials anew.
+        nodes: ids of the nodes that the trial's processes are on.
+        gone: gives the ids of the nodes that are dead or about to be taken away, now.
     """
 
-    def __init__(self, folder: Path, run: str) -> None:
-        self._folder, self._run = folder, run
+    def __init__(
+        self, folder: Path, run: str, *, nodes: Sequence[str] = (), gone: Callable[[], Collection[str]] | None = None
+    ) -> None:
+        self._folder, self._run, self._nodes, self._gone = folder, run, list(nodes), gone
         self._path = folder / ATTEMPTS
 
     def open(self) -> str | None:
         """Begin an attempt; where too many have died, begin none and return the last known error."""
         with self._changed() as attempts:
             died = [each for each in attempts if each["run"] == self._run and not each["closed"]]
+            if len(died) >= MAX_DEATHS and self._gone is not None:
+                gone = set(self._gone())
+                died = [each for each in died if not gone.intersection(each.get("nodes", ()))]
             if len(died) >= MAX_DEATHS:
                 return next((each["error"] for each in reversed(died) if each["error"]), UNSAID)
-            attempts.append({"run": self._run, "error": None, "closed": False})
+            attempts.append({"run": self._run, "nodes": self._nodes, "error": None, "closed": False})
             return None
 
     def note(self, error: str) -> bool:
@@ -76,9 +83,16 @@ class Attempts:
 
     def _read(self) -> list[dict[str, Any]]:
         try:
-            return json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            found = read_json(self._path)
+        except (OSError, CorruptError):
             return []
+        return found if isinstance(found, list) else []
+
+
+def attempts_at(folder: Path) -> int:
+    """How often the trial of a folder was begun, in all runs, by whichever process."""
+    mount.fetch(folder / ATTEMPTS)
+    return Attempts(folder, "").count
 
 
 def was_begun(folder: Path) -> bool:

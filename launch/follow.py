@@ -14,7 +14,10 @@ from ray.tune.experiment import Trial
 
 from hamu.training.records import METRIC_COLUMNS
 from hamu.training.stop import StopReason
+from launch.attempts import attempts_at
 from launch.live import Board
+from launch.nodes import Watch
+from launch.notices import Notices
 from launch.plan import Plan
 from launch.results import SweepFolder, write_json
 from launch.runs import Runs
@@ -23,11 +26,12 @@ from launch.signals import Signals
 from launch.standing import has_ended
 from launch.trainable import overrides_of, said_of, state_of
 
-MAX_FAILURES = 4
-"""How often Tune starts a trial again whose slot has died. A trial that takes its own process down ends itself before that."""
+MAX_BARREN = 4
+"""How often Tune starts a trial again whose slot died before it could begin it. Deaths after that are counted by the slots."""
 
 _SEEN_WITHIN_S = 10.0
 _POLL_EVERY_S = 3.0
+_SAVED_WITHIN_S = 10.0
 
 
 class Follow(tune.Callback):
@@ -41,6 +45,8 @@ class Follow(tune.Callback):
         tell: called with the id and the row of each trial that has ended, once; the row has what retain-only models add.
         poll: called every few seconds.
         runs: keeps when trials ran.
+        watch: is shown the trials, and says which of them wait for a node.
+        notices: by which running trials are asked to save themselves when a signal has come; without, it ends them at once.
     """
 
     def __init__(
@@ -53,6 +59,8 @@ class Follow(tune.Callback):
         tell: Callable[[str, Mapping[str, Any]], None] | None = None,
         poll: Callable[[], object] | None = None,
         runs: Runs | None = None,
+        watch: Watch | None = None,
+        notices: Notices | None = None,
     ) -> None:
         self._plan, self._folder, self._board, self._signals = plan, folder, board, signals
         self._tell, self._poll, self._poll_after, self._runs = tell, poll, 0.0, runs
@@ -60,13 +68,20 @@ class Follow(tune.Callback):
         self._started: dict[str, float] = {}
         self._told: set[str] = set()
         self._stopped: dict[str, dict[str, Any]] = {}
+        self._watch, self._notices = watch, notices
+        self._reported: dict[str, float] = {}
+        self._barren: dict[str, tuple[int, int]] = {}  # trial -> its attempts at its slot's last death, deaths since it was begun
+        self._hold_until: float | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks, for a way to resume that is not ours
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Tune looks for news, several times a second."""
-        self._signals.check()
+        if self._signals.number is not None:
+            self._end_in_order(trials)
+        if self._watch is not None and self._watch.is_due:
+            self._watch.poll(sorted(trials, key=lambda trial: self._reported.get(str(trial), 0.0)))
         if time.monotonic() >= self._poll_after:
             if self._poll is not None:
                 self._poll()
@@ -80,6 +95,8 @@ class Follow(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         """The trial has trained on."""
+        self._reported[str(trial)] = time.monotonic()
+        trial.max_failures = -1  # it has begun; from here on its attempts decide
         if str(trial) not in self._told:
             self._board.update(str(trial), said_of(result))
 
@@ -102,12 +119,24 @@ class Follow(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's process has died once too often."""
-        times = f"its process died {MAX_FAILURES + 1} times"
+        times = f"its process died {MAX_BARREN + 1} times before it could begin"
         self._end(str(trial), f"{times}: {_last_words(trial) or 'killed, or out of memory'}")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """The trial's process has died, and Tune starts another."""
-        self._board.say(f"the process of {trial} died; the trial goes on from its checkpoint")
+        """The trial's process has died, or has left its node, and Tune starts another."""
+        trial_id, why = str(trial), _last_words(trial)
+        self._reported.pop(trial_id, None)
+        if "NodeDraining" in why:
+            self._board.say(f"{trial_id} is saved and leaves its node, which is to be taken away; it goes on elsewhere")
+            return
+        n_begun = attempts_at(self._folder.trial(trial_id))
+        n_before, n_barren = self._barren.get(trial_id, (-1, 0))
+        n_barren = n_barren + 1 if n_begun == n_before else 1
+        self._barren[trial_id] = n_begun, n_barren
+        if n_barren >= MAX_BARREN:
+            trial.max_failures = 0  # the next one is an error to Tune
+        what = "the node" if "its node" in why else "the process"
+        self._board.say(f"{what} of {trial_id} died; the trial goes on from its checkpoint")
 
     def to_complete(self) -> dict[str, dict[str, Any]]:
         """Trials that were stopped while no slot had them, or whose slot died over it, but for those without any state.
@@ -120,6 +149,16 @@ class Follow(tune.Callback):
             for trial_id, each in left.items()
             if each["state"] or (self._folder.trial(trial_id) / "checkpoint.pt").exists()
         }
+
+    def _end_in_order(self, trials: list[Any]) -> None:
+        """Have the running trials save themselves while Tune's loop turns; then raise the signal that has come."""
+        now = time.monotonic()
+        if self._notices is not None and self._hold_until is None:
+            self._notices.hold()
+            self._hold_until = now + _SAVED_WITHIN_S
+        running = {str(trial) for trial in trials if trial.status == Trial.RUNNING} & self._reported.keys()
+        if self._notices is None or self._hold_until is None or now >= self._hold_until or running <= self._notices.saved():
+            self._signals.check()
 
     def _pruned_row(self, trial_id: str, last: Mapping[str, Any]) -> dict[str, Any]:
         said = {name: last[name] for name in (*METRIC_COLUMNS, "train_s", "epoch") if name in last}

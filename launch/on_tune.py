@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from ray.tune.schedulers import HyperBandScheduler, PopulationBasedTraining
 from ray.tune.stopper import CombinedStopper
 
 from hamu.cli.ray_environment import tune_folder
+from hamu.storage.mount import is_url
 from hamu.training.config import TrainConfig
 from hamu.training.ray_workers import WorkerSettings, free_placement_groups
-from launch.follow import MAX_FAILURES, Follow
+from launch.follow import Follow
+from launch.interfaces import use_interface_of_node
 from launch.machine import Slots
 from launch.pairing import Pairing
 from launch.proposals import Proposals
@@ -66,19 +70,30 @@ def run_on_tune(
         _forget_stopped(folder, trial_id)
     own = {trial_id: _adjusted(shared.plan.configs[trial_id], adjustable) for trial_id in todo} if adjustable else {}
     stoppers = CombinedStopper(StoppingCriterionStopper(), *([stopper] if stopper else []))
-    if isinstance(scheduler, PAUSING):
-        assert proposals is None, "a scheduler that pauses trials knows them all"
-        configs = [trial_config(trial_id, own.get(trial_id, {})) for trial_id in todo]
-        _run_trials(trial, shared, slots, follow, stopper=stoppers, scheduler=scheduler, **_all_at_once(configs, slots))
-    else:
-        assert proposals is None or not adjustable, "proposals configure their trials themselves"
-        chosen = proposals or Proposals(todo, configure=lambda trial_id: trial_config(trial_id, own.get(trial_id, {})))
-        _run_trials(trial, shared, slots, follow, stopper=stoppers, scheduler=scheduler, **_one_by_one(chosen, slots))
-    if stopped := follow.to_complete():
-        rest = Proposals(list(stopped), configure=lambda trial_id: trial_config(trial_id, stopped[trial_id], is_stopped=True))
-        _run_trials(trial, shared, slots, follow, **_one_by_one(rest, slots))
+    with _scratch_of(shared):
+        if isinstance(scheduler, PAUSING):
+            assert proposals is None, "a scheduler that pauses trials knows them all"
+            configs = [trial_config(trial_id, own.get(trial_id, {})) for trial_id in todo]
+            _run_trials(trial, shared, slots, follow, stopper=stoppers, scheduler=scheduler, **_all_at_once(configs, slots))
+        else:
+            assert proposals is None or not adjustable, "proposals configure their trials themselves"
+            chosen = proposals or Proposals(todo, configure=lambda trial_id: trial_config(trial_id, own.get(trial_id, {})))
+            _run_trials(trial, shared, slots, follow, stopper=stoppers, scheduler=scheduler, **_one_by_one(chosen, slots))
+        if stopped := follow.to_complete():
+            rest = Proposals(list(stopped), configure=lambda trial_id: trial_config(trial_id, stopped[trial_id], is_stopped=True))
+            _run_trials(trial, shared, slots, follow, **_one_by_one(rest, slots))
     for trial_id in todo:
         drop_states(folder.trial(trial_id))
+
+
+@contextlib.contextmanager
+def _scratch_of(shared: Shared) -> Iterator[None]:
+    """Remove what Ray has left in the sweep's folder; in a store it lies where nobody reads it."""
+    try:
+        yield
+    finally:
+        if shared.scratch and not is_url(shared.scratch):
+            shutil.rmtree(shared.scratch, ignore_errors=True)
 
 
 def worker_settings(slots: Slots, pairing: Pairing) -> WorkerSettings | None:
@@ -92,6 +107,7 @@ def worker_settings(slots: Slots, pairing: Pairing) -> WorkerSettings | None:
         gpus_per_worker=slots.gpus_per_worker,
         backend=slots.backend,
         n_threads=slots.cpus_per_worker,
+        prepare=use_interface_of_node,
         **timeout,
     )
 
@@ -142,9 +158,9 @@ def _run_trials(
         tune_config=tune_config,
         run_config=tune.RunConfig(
             name=f"trials-{uuid.uuid4().hex[:8]}",
-            storage_path=str(tune_folder()),
+            storage_path=shared.scratch or str(tune_folder()),
             stop=stopper,
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=tune.FailureConfig(max_failures=-1),  # whether a trial is tried again is decided by its attempts
             checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             callbacks=[follow],
             verbose=0,

@@ -3,7 +3,6 @@ for the slots, and beside the trials the retain-only models that they are compar
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import ray
 
 from hamu.data.hashing import sha256_arrays
 from hamu.errors import CheckpointError, HamuError
+from hamu.storage.files import read_json, write_json
 from hamu.training.artifacts import (
     PUBLISHED,
     RECORD_NAME,
@@ -26,11 +26,13 @@ from hamu.training.artifacts import (
 )
 from hamu.training.inputs import is_local_path
 from launch.machine import Machine, Slots
+from launch.nodes import Watch
 from launch.plan import Plan, data_key
 from launch.references import MAX_RETRIES, References, accuracies, error_words, is_ready, known_references, provide_reference
-from launch.results import SweepFolder, write_json
+from launch.results import SweepFolder
 from launch.shared import Original
 from launch.signals import Signals
+from launch.waiting import Want
 from launch.words import Words
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ def provide_models(
     signals: Signals,
     folder: SweepFolder,
     wants_memory: bool = False,
+    watch: Watch | None = None,
 ) -> Provided:
     """Train what is missing, side by side, and wait for the originals; for retain-only models only where trials read them.
 
@@ -91,6 +94,7 @@ def provide_models(
         words, signals: of the sweep.
         folder: of the sweep; keeps the hashes of the originals' weights, since a resumed sweep must start from the same ones.
         wants_memory: estimate what a trial needs, too.
+        watch: looks at the nodes while this waits.
 
     Raises:
         HamuError: none of the originals can be had, for reasons that are the user's to mend.
@@ -103,11 +107,13 @@ def provide_models(
         of_original.setdefault(trial.original, []).append(plan.configs[trial.trial_id])
     remote: Any = cast(Any, ray.remote)(provide)
     tasks, is_there = {}, {}
+    wants: dict[str, Want] = {}
     for key, configs in of_original.items():
         config, rows = plan.original(key), data_key(configs[0])
         is_there[key] = is_trained(config, data[rows])
         n_threads = _threads(config, sizes[rows], machine, len(of_original))
         task = remote.options(num_cpus=n_threads, num_gpus=slots.gpus_per_worker, max_retries=MAX_RETRIES)
+        wants[key] = Want(who=f"the original {key}", count=1, cpus=n_threads, gpus=slots.gpus_per_worker)
         tasks[key] = task.remote(
             config,
             data[rows],
@@ -116,9 +122,10 @@ def provide_models(
             estimated=_one_of_each_kind(configs) if wants_memory else (),
         )
     references = _begin_references(
-        plan, data, sizes, slots=slots, machine=machine, words=words, signals=signals, path=folder.references_path
+        plan, data, sizes, slots=slots, machine=machine, words=words, signals=signals, path=folder.references_path, watch=watch
     )
     failed: dict[str, str] = {}
+    originals: dict[str, Any] = {}
     errors: list[BaseException] = []
     memory: list[int] = []
     for key, task in tasks.items():
@@ -126,9 +133,13 @@ def provide_models(
         with words.busy(f"{'loading' if is_there[key] else 'training'} the original {key}"):
             while not ray.wait([task], timeout=0.5)[0]:
                 signals.check()
+                if watch is not None:
+                    watch.poll(wants=[wants[key]])
         try:
             original: Original = ray.get(task)
             _pin(folder.originals, key, original)
+            # On several nodes the driver's node keeps them: the one that made them may be lost.
+            originals[key] = ray.put(original) if len(machine.nodes) > 1 else task
         except (ray.exceptions.RayError, HamuError) as error:
             errors.append(error)
             n_trials = len(of_original[key])
@@ -147,7 +158,7 @@ def provide_models(
     ):
         references.wait()  # forget quality compares with it at a trial's end
     return Provided(
-        originals={key: task for key, task in tasks.items() if key not in failed},
+        originals=originals,
         failed=failed,
         references=references,
         memory_bytes=max(memory) if memory else None,
@@ -181,6 +192,7 @@ def _begin_references(
     words: Words,
     signals: Signals,
     path: Path,
+    watch: Watch | None,
 ) -> References:
     """Begin the retain-only models that are not known yet, of every trial of the plan: ended ones are compared with them too."""
     of_reference: dict[str, list[TrainConfig]] = {}
@@ -190,6 +202,7 @@ def _begin_references(
     known = known_references(path)
     remote: Any = cast(Any, ray.remote)(provide_reference)
     pending = {}
+    wants: dict[str, Want] = {}
     n_new = 0
     for key, configs in of_reference.items():
         # Of trials with other texts besides, one that reads the most says which rows are given.
@@ -202,17 +215,18 @@ def _begin_references(
         n_new += not is_trained(config, data[rows])
         n_threads = _threads(config, sizes[rows], machine, len(of_reference))
         task = remote.options(num_cpus=n_threads, num_gpus=slots.gpus_per_worker, max_retries=MAX_RETRIES)
+        wants[key] = Want(who=f"the retain-only model {key}", count=1, cpus=n_threads, gpus=slots.gpus_per_worker)
         pending[key] = task.remote(config, data[rows], n_threads=n_threads)
     if pending:
         words.say(f"retain-only models to compare with: {len(pending)}, of which {n_new} to train, beside what follows")
-    return References(pending, path=path, words=words, signals=signals)
+    return References(pending, path=path, words=words, signals=signals, watch=watch, wants=wants)
 
 
 def _threads(config: TrainConfig, n_bytes: int, machine: Machine, n_models: int) -> int:
     """Cores of a training task."""
     # Few small images train no faster in threads, and one thread gives the same model on every machine.
     is_small = n_bytes < SMALL_BYTES and not config.is_text
-    return 1 if is_small else max(1, machine.cpus // n_models)
+    return 1 if is_small else max(1, min(machine.most_cpus, machine.cpus // n_models))
 
 
 def _one_of_each_kind(configs: Iterable[TrainConfig]) -> tuple[TrainConfig, ...]:
@@ -229,7 +243,7 @@ def _one_of_each_kind(configs: Iterable[TrainConfig]) -> tuple[TrainConfig, ...]
 
 def _pin(pins: Path, key: str, original: Original) -> None:
     """Write down which weights the sweep starts from, or check that they still are the ones."""
-    pinned = json.loads(pins.read_text()) if pins.exists() else {}
+    pinned = dict(read_json(pins)) if pins.exists() else {}
     digest = sha256_arrays(*(original.arrays[name] for name in sorted(original.arrays)))
     if pinned.setdefault(key, digest) != digest:
         raise CheckpointError(

@@ -7,7 +7,6 @@ What is known of them lies in references.json: key -> {"path": folder, "result":
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,8 +16,10 @@ import ray
 
 from hamu.errors import HamuError
 from hamu.models.record import RECORD_NAME
-from launch.results import write_json
+from hamu.storage.files import CorruptError, read_json, write_json
+from launch.nodes import Watch
 from launch.signals import Signals
+from launch.waiting import Want
 from launch.words import Words
 
 if TYPE_CHECKING:
@@ -39,13 +40,25 @@ class References:
         pending: Ray tasks of `provide_reference` that have begun, by key.
         path: references.json; what it holds of other keys stays.
         words, signals: of the sweep.
+        watch: looks at the nodes while this waits.
+        wants: what each task needs, by key.
     """
 
-    def __init__(self, pending: Mapping[str, Any], *, path: Path, words: Words, signals: Signals) -> None:
+    def __init__(
+        self,
+        pending: Mapping[str, Any],
+        *,
+        path: Path,
+        words: Words,
+        signals: Signals,
+        watch: Watch | None = None,
+        wants: Mapping[str, Want] | None = None,
+    ) -> None:
         self._key_of = {task: key for key, task in pending.items()}
         self._path, self._words, self._signals = path, words, signals
         self._known = {key: entry for key, entry in known_references(path).items() if key not in pending}
         self._started = time.monotonic()
+        self._watch, self._wants = watch, dict(wants or {})
 
     @property
     def n_pending(self) -> int:
@@ -68,6 +81,8 @@ class References:
             with self._words.busy(f"waiting for {of}"):
                 while self._key_of:
                     self._signals.check()
+                    if self._watch is not None:
+                        self._watch.poll(wants=[want for key, want in self._wants.items() if key in self._key_of.values()])
                     self._take(timeout_s=0.5)
         return dict(self._known)
 
@@ -100,8 +115,8 @@ class References:
 def known_references(path: Path) -> dict[str, dict[str, Any]]:
     """What a references.json holds; nothing where there is none that can be read."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = read_json(path)
+    except (OSError, CorruptError):
         return {}
     return found if isinstance(found, dict) else {}
 

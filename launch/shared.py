@@ -37,7 +37,9 @@ class Shared:
 
     run_id: of this run of the sweep. workers: the processes of a slot; None: one, in which Tune runs the trial. gpu_share: of a
     GPU's memory that the slot's process may take; None: no cap. retain_references: folders of the retain-only models that are
-    ready, by `PlannedTrial.reference`.
+    ready, by `PlannedTrial.reference`. scratch: a folder or URL for Ray's own files that all nodes see; "": Ray has one node, and
+    they lie in its temporary folder. notices: the actor of the driver's `Notices`, if it has them. save_every_s: seconds after
+    which a running trial is saved, whatever its save_strategy.
     """
 
     plan: Plan
@@ -50,6 +52,9 @@ class Shared:
     workers: WorkerSettings | None = None
     gpu_share: float | None = None
     retain_references: Mapping[str, str] = field(default_factory=dict)
+    scratch: str = ""
+    notices: Any = None
+    save_every_s: float = 60.0
 
 
 def identity(plan: Plan, trial: PlannedTrial, config: TrainConfig | None = None) -> dict[str, Any]:

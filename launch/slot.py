@@ -13,18 +13,18 @@ a step of a group, or of the device, which leaves the process unfit) is noted an
 
 from __future__ import annotations
 
-import contextlib
 import json
+import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hamu.errors import CheckpointError
+from hamu.errors import CheckpointError, CorruptError, LeaseError
 from hamu.training.artifacts import make_record, start_model_of
 from hamu.training.groups import Group, is_partner_gone
 from hamu.training.loop import TrainingRun
@@ -32,14 +32,16 @@ from hamu.training.memory import cap_memory, is_device_error, keep_freed_memory,
 from hamu.training.original import save_model
 from hamu.training.records import Recorder
 from hamu.training.stop import StopReason
-from launch.attempts import UNSAID, Attempts
+from launch.attempts import UNSAID
 from launch.plan import PlannedTrial
-from launch.results import SweepFolder, trial_lock, write_json
+from launch.results import SweepFolder
 from launch.shared import Shared, failed_row, identity
-from launch.standing import has_ended
-from launch.states import STATE, drop_foreign_state, metrics_of, take_state, write_origin
-from launch.trial_row import memory_words, numbers, plain_metrics, read_row, said
+from launch.states import STATE, write_origin
+from launch.trial_folder import TrialFolder
+from launch.trial_row import memory_words, numbers, plain_metrics, said
 from launch.warm import WarmParts
+
+logger = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 1.5
 
@@ -54,6 +56,9 @@ class Slot:
         fetch: turns an entry of `shared.data` and `shared.originals` into the object.
         group: processes of a trial; default: this one alone.
         device: where tensors live; default: the group's, or what `shared` says.
+        node: id of the node that this process is on, by which a death is told from the loss of its node.
+        gone: gives the ids of the nodes that are dead or about to be taken away, now.
+        say: has the driver print a line.
     """
 
     def __init__(
@@ -62,6 +67,10 @@ class Slot:
         fetch: Callable[[Any], Any],
         group: Group | None = None,
         device: torch.device | str | None = None,
+        *,
+        node: str = "",
+        gone: Callable[[], Collection[str]] | None = None,
+        say: Callable[[str], None] = logger.warning,
     ) -> None:
         torch.set_num_threads(shared.n_threads)
         keep_freed_memory()
@@ -72,8 +81,9 @@ class Slot:
         self._folder = SweepFolder(Path(shared.folder))
         self._trials = {trial.trial_id: trial for trial in shared.plan.trials}
         self._warm = WarmParts(shared, fetch, device=self._device, size=self._group.size)
-        self._held = contextlib.ExitStack()
-        self._attempts: Attempts | None = None
+        self._gone, self._say = gone, say
+        self._nodes = sorted({each for each in self._group.gather_texts(node) if each}) if self._group.size > 1 else [node]
+        self._own: TrialFolder | None = None
         self._run: TrainingRun | None = None
         self._recorder: Recorder | None = None
         self._reports: Iterator[dict[str, Any]] = iter(())
@@ -105,8 +115,7 @@ class Slot:
         self._said_before: dict[str, Any] = {}
         self._trial: PlannedTrial = self._trials[trial_id]
         self._overrides, self._config = dict(overrides or {}), self._shared.plan.configs[trial_id]
-        self._trial_folder = self._folder.trial(trial_id)
-        self._row_path = self._trial_folder / "row.json"
+        self._own = TrialFolder(self._folder.trial(trial_id), self._shared.run_id, nodes=self._nodes, gone=self._gone)
         self._metrics = {"ended": False}
         reset_peak_memory(self._device)
         found = _GO
@@ -129,29 +138,41 @@ class Slot:
                 self._set_up(is_foreign=found == _GO_FOREIGN)
             except Exception as caught:
                 error = caught
-            self._agreed(found, error)
-        return dict(self._metrics)
+            if self._agreed(found, error) != _ERROR:
+                self._guarded(self._take_up)
+        return self._said()
 
-    def advance(self, budget_s: float = REPORT_EVERY_S) -> dict[str, Any]:
+    def advance(self, budget_s: float = REPORT_EVERY_S, *, saves: bool = False) -> dict[str, Any]:
         """Train until the next evaluation, for `budget_s` seconds at most (or one step), or to the trial's end.
 
+        saves: save the trial's own checkpoint first.
+
         Returns:
-            Numbers of the trial so far; `ended`: whether it is over, and then `stop_reason` and `status`.
+            Numbers of the trial so far; `ended`: whether it is over, and then `stop_reason` and `status`; `save_s`: seconds
+            that saving took, if it did; `nodes`: ids of the nodes that the trial is on.
         """
+        self._metrics.pop("save_s", None)
         if not self._metrics["ended"]:
-            self._guarded(lambda: self._advance(time.monotonic() + budget_s))
-        return dict(self._metrics)
+            self._guarded(lambda: self._advance(budget_s, saves=saves))
+        return self._said()
 
     def prune(self) -> dict[str, Any]:
         """End the trial here for good: it is evaluated, and its model, records and row are kept. Returns as `advance`."""
         if not self._metrics["ended"]:
             self._guarded(self._prune)
-        return dict(self._metrics)
+        return self._said()
+
+    def hold(self) -> dict[str, Any]:
+        """Save the trial's own checkpoint and leave the trial, in order: whoever begins it next goes on from here."""
+        if not self._metrics["ended"]:
+            self._guarded(self._save_own)
+        self.close()
+        return {"ended": True}
 
     def leave(self) -> dict[str, Any]:
         """Leave the trial at hand. One that has been stopped meanwhile (the sweep has written it down as pruned) is pruned."""
         if not self._metrics["ended"]:
-            is_stopped = self._is_first and read_row(self._row_path).get("status") == "pruned"
+            is_stopped = self._is_first and self._own is not None and self._own.row().get("status") == "pruned"
             # Without a step behind it there is no model but the original's to keep: the sweep's own words stand.
             if self._group.first(is_stopped) and self._has_stepped():
                 return self.prune()
@@ -162,44 +183,41 @@ class Slot:
 
     def _has_stepped(self) -> bool:
         assert self._run is not None
-        self._run.take_up()
         return self._run.step > 0
 
     def save(self, folder: str) -> dict[str, Any]:
         """Write the trial's state into a folder that all processes see, for `begin(load_from=...)`."""
         if self._run is not None and not self._metrics["ended"]:
             self._guarded(lambda: self._save(Path(folder)))
-        return dict(self._metrics)
+        return self._said()
 
     def close(self) -> None:
         """Leave the trial at hand, ended or not, as it is."""
-        if self._attempts is not None:
-            self._attempts.close()
-        self._attempts = self._recorder = self._run = None
+        if self._own is not None:
+            self._own.close()
+        self._recorder = self._run = None
         self._reports = iter(())
         self._metrics = self._metrics | {"ended": True}
-        self._held.close()
+
+    def _said(self) -> dict[str, Any]:
+        return {**self._metrics, "nodes": self._nodes}
 
     def _open(self, load_from: str | None) -> tuple[int, dict[str, Any]]:
-        """Take the trial for this process group: its lock, an attempt, and the state that it goes on from."""
-        folder, recipe = self._trial_folder, self._config.recipe_hash()
-        self._held.enter_context(trial_lock(folder))
-        row = read_row(self._row_path)
-        if has_ended(row):  # written by a process that died before it could say so
+        """Take the trial for this process group: its folder, an attempt, and the state that it goes on from."""
+        row, died_of = self._place.take()
+        if row:
             return _OVER, row
-        if row.get("status") == "failed":
-            self._row_path.unlink()
-        attempts = Attempts(folder, self._shared.run_id)
-        if (died_of := attempts.open()) is not None:
+        if died_of is not None:
             self._fail(died_of)
             return _OVER, dict(self._metrics)
-        self._attempts = attempts
-        if load_from is None:
-            drop_foreign_state(folder, recipe=recipe)
-            return _GO, {}
-        self._said_before = metrics_of(Path(load_from))
-        is_foreign = take_state(Path(load_from), folder, trial_id=self._trial.trial_id, recipe=recipe)
+        state = self._place.take_state(load_from, trial_id=self._trial.trial_id, recipe=self._config.recipe_hash())
+        is_foreign, self._said_before = state
         return _GO_FOREIGN if is_foreign else _GO, {}
+
+    @property
+    def _place(self) -> TrialFolder:
+        assert self._own is not None, "a trial has been begun"
+        return self._own
 
     def _retain_reference(self) -> str | None:
         """Folder of the sweep's own retain-only model, for a trial that is measured against one and names none."""
@@ -213,13 +231,13 @@ class Slot:
         self._task, self._data = self._warm.task(trial, config)
         model = self._warm.model(trial, self._task)
         if self._is_first:
-            self._recorder = Recorder(self._folder.records, self._identity())
+            self._recorder = self._place.recorder(self._folder.records, self._identity())
         self._run = TrainingRun(
             config,
             self._task,
             model,
             recorder=self._recorder,
-            checkpoint_path=self._trial_folder / "checkpoint.pt",
+            checkpoint_path=self._place.checkpoint,
             group=self._group,
             adopt_checkpoint=is_foreign,
         )
@@ -230,6 +248,8 @@ class Slot:
 
     def _agreed(self, found: int, error: Exception | None) -> int:
         """Tell all processes what the first one has found; an error of any of them ends the trial in all."""
+        if isinstance(error, LeaseError):  # another process has the trial: what becomes of it is that one's to write
+            raise error
         if error is not None and is_device_error(error):
             self._raise_noted(error)
         mine = torch.tensor([found, error is not None], dtype=torch.float64, device=self._device)
@@ -241,9 +261,31 @@ class Slot:
         self._fail(next(filter(None, texts)), trace)
         return _ERROR
 
-    def _advance(self, deadline: float) -> None:
+    def _take_up(self) -> None:
+        """Go on from the trial's checkpoint; one that is broken is named and set aside, and the trial begins anew."""
         assert self._run is not None
-        self._run.pause_at(deadline)
+        broken: CorruptError | None = None
+        try:
+            self._run.take_up()
+        except CorruptError as error:  # the checkpoint, or a part of the records that it counts on
+            broken = error
+        if not self._group.any(broken is not None):
+            return
+        if self._is_first:
+            aside = self._place.set_checkpoint_aside()
+            what = f" ({broken.path.name}: {broken.why})" if broken is not None else ""
+            self._say(f"trial {self._trial.trial_id} begins anew, since what it had saved is broken{what}; see {aside}")
+        self._group.any(False)  # nobody looks for the file before it is away
+        self._set_up(is_foreign=False)
+        self._run.take_up()
+
+    def _advance(self, budget_s: float, *, saves: bool) -> None:
+        assert self._run is not None
+        if saves:
+            started = time.monotonic()
+            self._save_own()
+            self._metrics["save_s"] = time.monotonic() - started
+        self._run.pause_at(time.monotonic() + budget_s)
         for report in self._reports:
             self._metrics |= self._run.metrics | numbers(report)
             if report.get("stop_reason"):
@@ -260,16 +302,20 @@ class Slot:
 
     def _prune(self) -> None:
         assert self._run is not None
-        self._run.take_up()
-        self._run.save()  # should this process not be given the time, another one completes the trial from here
+        self._save_own()  # should this process not be given the time, another one completes the trial from here
         self._run.request_stop(StopReason.PRUNED)
         for _ in self._reports:
             pass
         self._finish()
 
+    def _save_own(self) -> None:
+        assert self._run is not None
+        self._place.check()
+        self._run.save()
+
     def _save(self, folder: Path) -> None:
         assert self._run is not None
-        self._run.take_up()  # a process that has just taken the place of a dead one saves what that one had saved
+        self._place.check()
         self._run.save(folder / STATE)
         if self._is_first:
             metrics = {key: value for key, value in numbers(self._metrics).items() if key != "ended"}
@@ -278,6 +324,7 @@ class Slot:
     def _finish(self) -> None:
         run = self._run
         assert run is not None and run.result is not None, "the run's iterator ended without a result"
+        self._place.check()
         peaks = self._group.gather_numbers(torch.tensor([peak_memory(self._device)], dtype=torch.int64, device=self._device))
         result = run.result.row()
         if self._is_first:
@@ -288,21 +335,24 @@ class Slot:
                 result=result,
                 start_model=start_model_of(self._warm.start_folder(self._trial)),
             )
-            path = self._trial_folder / "model"
+            path = self._place.model
             save_model(self._task, run.model, path, record)
             status = "pruned" if run.result.stop_reason is StopReason.PRUNED else "finished"
             row = {**self._identity(), "status": status, "error": None, **result, "model_path": str(path)}
             self._write_row(row | {"n_classes": self._task.n_classes, "peak_bytes_per_rank": peaks.flatten().tolist()})
-            (self._trial_folder / "checkpoint.pt").unlink(missing_ok=True)
+            self._place.drop_checkpoint()
         else:
             self._end(result)
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
+        except LeaseError:  # this process was taken for dead: another one writes the trial now
+            self._place.abandon()
+            raise
         except Exception as error:
             if isinstance(error, CheckpointError) and self._is_first:  # tried again, it would fail the same way
-                (self._trial_folder / "checkpoint.pt").unlink(missing_ok=True)
+                self._place.drop_checkpoint()
             if self._group.size > 1 or is_device_error(error):
                 self._raise_noted(error)
             self._fail(said(error), traceback.format_exc())
@@ -312,10 +362,7 @@ class Slot:
         text = UNSAID if is_partner_gone(error) else said(error)
         if is_device_error(error):
             text += f" ({memory_words(peak=peak_memory(self._device), estimate=self._estimate)})"
-        if Attempts(self._trial_folder, self._shared.run_id).note(text):
-            (self._trial_folder / "error.txt").write_text("".join(traceback.format_exception(error)))
-        self._attempts = None  # it stays open: nothing of this process is to be relied on
-        self._held.close()
+        self._place.abandon(error, text)
         raise error
 
     def _fail(self, text: str, trace: str | None = None) -> None:
@@ -327,9 +374,8 @@ class Slot:
             "total_steps": self._run.total_steps if self._run is not None else None,
         }
         if self._is_first:
-            self._trial_folder.mkdir(parents=True, exist_ok=True)
             if trace is not None:
-                (self._trial_folder / "error.txt").write_text(trace)
+                self._place.write_trace(trace)
             self._write_row(row)
         else:
             self._end(row)
@@ -345,14 +391,14 @@ class Slot:
             "started_at": self._started_at,
             "ended_at": time.time(),
             "setup_s": time.time() - self._started_at if self._setup_s is None else self._setup_s,
-            "attempts": Attempts(self._trial_folder, self._shared.run_id).count,
+            "attempts": self._place.n_attempts,
             "memory_estimate_bytes": self._estimate,
             "peak_rss_bytes": max(peaks),
             "peak_bytes_per_rank": peaks,
             "config": json.dumps({**self._trial.config, **self._overrides}),
             "slot": os.getpid(),
         }
-        write_json(self._row_path, row)
+        self._place.write_row(row)
         self._end(row)
 
     def _end(self, row: Mapping[str, Any]) -> None:

@@ -8,15 +8,15 @@ trials/<id>/taken.json               the state that the trial's own checkpoint w
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hamu.errors import CheckpointError
-from hamu.training.records import replacing
-from launch.results import write_json
+from hamu.storage import mount
+from hamu.storage.files import CorruptError, read_json, replacing, write_json
 
 STATE = "state.pt"
 _KEPT = 4  # newest states of a trial; a scheduler asks for the last one of a trial, or for the one before
@@ -25,9 +25,11 @@ _KEPT = 4  # newest states of a trial; a scheduler asks for the last one of a tr
 def next_folder(trial_folder: Path) -> Path:
     """A new folder for a trial's state; its oldest ones go."""
     states = trial_folder / "states"
+    mount.fetch(states)
     found = sorted((int(path.name), path) for path in states.glob("[0-9]*") if path.name.isdigit())
     for _, path in found[: 1 - _KEPT]:
-        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            mount.remove(path)
     folder = states / str(found[-1][0] + 1 if found else 0)
     folder.mkdir(parents=True)
     return folder
@@ -72,18 +74,19 @@ def drop_foreign_state(trial_folder: Path, *, recipe: str) -> None:
     """Remove a checkpoint that was taken for another recipe of the trial, which nobody asks for any more."""
     taken = _read(trial_folder / "taken.json")
     if taken and taken.get("recipe") != recipe:
-        (trial_folder / "checkpoint.pt").unlink(missing_ok=True)
-        (trial_folder / "taken.json").unlink(missing_ok=True)
+        mount.remove(trial_folder / "checkpoint.pt")
+        mount.remove(trial_folder / "taken.json")
 
 
 def drop_states(trial_folder: Path) -> None:
     """Remove all saved states of a trial."""
-    shutil.rmtree(trial_folder / "states", ignore_errors=True)
-    (trial_folder / "taken.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        mount.remove(trial_folder / "states")
+        mount.remove(trial_folder / "taken.json")
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return dict(read_json(path))
+    except (OSError, CorruptError):
         return {}

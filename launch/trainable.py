@@ -14,9 +14,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
+from hamu.storage.files import on_wait
 from hamu.training.ray_workers import Workers, WorkersError
 from hamu.training.stop import StopReason
+from launch.nodes import gone_nodes
+from launch.notices import Listener
 from launch.results import SweepFolder
+from launch.saves import SaveClock
 from launch.shared import Shared
 from launch.states import next_folder
 from tune_spaces.schedulers import TIME, balance
@@ -30,6 +34,11 @@ POINTER = "state.json"
 """In a checkpoint of Tune's: where the trial's state is. Tune's own folders are of one node, a worker may run on another."""
 
 _TRIAL_ID, _STATE, _SAID = "trial_id", "state", "said"
+_HELD_S = 60.0
+
+
+class NodeDraining(RuntimeError):
+    """The slot's node is to be taken away: its trial is saved, and goes on in another slot."""
 
 
 def trial_config(trial_id: str, settings: Mapping[str, Any], *, is_stopped: bool = False) -> dict[str, Any]:
@@ -61,7 +70,10 @@ def make_slot(shared: Shared, group: Group | None = None) -> Slot:
     """The slot of one worker of a group, or of a process that trains alone."""
     from launch.slot import Slot
 
-    return Slot(shared, ray.get, group)
+    tell = Listener(shared.notices).tell
+    on_wait(tell)  # for space, where the storage is full
+    node = ray.get_runtime_context().get_node_id()
+    return Slot(shared, ray.get, group, node=node, gone=gone_nodes, say=tell)
 
 
 class UnlearningTrial(tune.Trainable):
@@ -86,13 +98,17 @@ class UnlearningTrial(tune.Trainable):
         self._workers: Workers | None = None
         self._load_from: str | None = None
         self._has_begun = self._has_told_end = False
+        self._listener = Listener(shared.notices)
+        self._clock = SaveClock(shared.save_every_s)
+        self._node: str = ray.get_runtime_context().get_node_id()
+        self._nodes: set[str] = set()  # of the trial's workers
+        self._n_workers_made = 0
+        self._shared = shared
         self._expect(config, time.time())
         if shared.workers is None:
             self._slot = self.make_slot(shared)  # torch comes in here, and counts as the first trial's set-up
         else:
-            name = f"slot-{os.getpid()}"
-            make = functools.partial(self.make_slot, shared)
-            self._workers = Workers(make, shared.workers, folder=Path(self.logdir).parent / "workers", name=name)
+            self._start_workers()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial; the one at hand is left, and pruned if it was stopped."""
@@ -106,9 +122,13 @@ class UnlearningTrial(tune.Trainable):
         A trial that ended by HAMU's stopping criterion is ended by `StoppingCriterionStopper`, any other by `done`;
         asked once more, it is done too.
         """
+        self._obey()
         metrics = self._begin()
         if not metrics.get("ended"):
-            metrics = self._ask("prune" if self._is_stopped else "advance")
+            metrics = self._ask("prune") if self._is_stopped else self._ask("advance", saves=self._clock.is_due())
+        self._nodes = set(metrics.pop("nodes", ()))
+        if (save_s := metrics.pop("save_s", None)) is not None:
+            self._clock.note(save_s)
         # Workers that took up a trial again have no evaluation to tell of yet; a scheduler goes by the last one.
         self._said |= metrics
         metrics = dict(self._said)
@@ -126,8 +146,7 @@ class UnlearningTrial(tune.Trainable):
         """Leave the trial at hand, and let the workers go."""
         with contextlib.suppress(WorkersError):
             self._leave()
-        if self._workers is not None:
-            self._workers.close()
+        self._close_workers()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Save the trial's state, for a pause of it or for another trial to go on from."""
@@ -161,7 +180,48 @@ class UnlearningTrial(tune.Trainable):
             started_at=self._asked_at,
         )
         self._has_begun = True
+        self._clock.start()
         return metrics
+
+    def _obey(self) -> None:
+        """Do what the driver has asked for, if anything.
+
+        Raises:
+            NodeDraining: this process has to leave its node.
+        """
+        notice = self._listener.heard()
+        if notice.is_held:
+            self._hold()
+            self._listener.say_saved(self.trial_name)
+            time.sleep(_HELD_S)  # the driver ends, and this process with it
+            raise RuntimeError("the sweep was about to end, and did not")
+        if self._node in notice.draining:
+            self._hold()
+            self._close_workers()
+            raise NodeDraining(f"node {self._node} is to be taken away")
+        if self._nodes & notice.draining.keys():
+            self._hold()
+            self._close_workers()
+            self._start_workers()  # elsewhere: nothing new starts on a node that is to go
+
+    def _hold(self) -> None:
+        """Save the trial and leave it, to be begun again."""
+        if self._has_begun:
+            self._ask("hold")
+            self._has_begun = False
+
+    def _start_workers(self) -> None:
+        shared = self._shared
+        assert shared.workers is not None, "the trials are split"
+        self._n_workers_made += 1
+        name = f"slot-{self._node[:8]}-{os.getpid()}-{self._n_workers_made}"
+        folder = f"{shared.scratch}/workers" if shared.scratch else Path(self.logdir).parent / "workers"
+        make = functools.partial(self.make_slot, shared)
+        self._workers, self._nodes = Workers(make, shared.workers, folder=folder, name=name), set()
+
+    def _close_workers(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
 
     def _leave(self) -> None:
         if self._has_begun:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hamu.errors import CheckpointError
+from hamu.storage import mount
 from hamu.tasks.base import Data, Task
 from hamu.training.checkpoints import changing_state, load_changing_state
 from hamu.training.config import TrainConfig
@@ -65,6 +66,7 @@ class WarmParts:
         """
         original: Original = self._fetch(self._shared.originals[trial.original])
         path = Path(original.path)
+        mount.fetch(path)
         if not path.is_dir():
             raise CheckpointError(
                 f"no model folder {original.path!r}; trials need the original: resume the sweep to train it anew"

@@ -52,7 +52,7 @@ _CONNECT_S = 5.0
 _CLOSE_S = 10.0
 _FORCE_S = 5.0
 _FREE_EVERY_S = 2.0
-_MAX_START_FAILURES = 30  # each after 60 s at most, while the processes' cores are not to be had
+_MAX_START_FAILURES = 30  # of processes that have their cores; for those they wait as long as it takes
 
 
 class WorkersError(RuntimeError):
@@ -82,6 +82,8 @@ class WorkerSettings:
     """After this long, a process that waits for another, or that does not answer Ray, is given up."""
     n_threads: int = 1
     """torch's threads in each."""
+    prepare: Callable[[], object] | None = None
+    """Called in each process before its process group is made."""
 
 
 def check_workers(n_workers: int, *, backend: str, n_gpus: int, n_cpus: int) -> None:
@@ -113,11 +115,11 @@ class Workers:
     Args:
         make: builds a process's handler from its group; may hold `ObjectRef`s. Called once in each process.
         settings: how many processes, with what.
-        folder: where Ray Train may leave its own files; nobody reads them. On a cluster, one that all nodes see.
+        folder: where Ray Train may leave its own files; nobody reads them. On a cluster, one that all nodes see, or a URL.
         name: of the slot, in Ray's logs; unique among those that run.
     """
 
-    def __init__(self, make: Callable[[Group], JobHandler], settings: WorkerSettings, *, folder: Path, name: str) -> None:
+    def __init__(self, make: Callable[[Group], JobHandler], settings: WorkerSettings, *, folder: Path | str, name: str) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -185,22 +187,41 @@ def free_placement_groups() -> int:
     import ray
     from ray._private.state import state
     from ray._raylet import PlacementGroupID
-    from ray.core.generated.gcs_pb2 import ActorTableData, PlacementGroupTableData  # type: ignore[attr-defined]
+    from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defined]
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     accessor = state._connect_and_get_accessor()
-    job_id = bytes.fromhex(ray.get_runtime_context().get_job_id())
     n_freed = 0
-    for row in accessor.get_placement_group_table():
-        group = PlacementGroupTableData.FromString(row)
-        is_ours = group.creator_job_id == job_id and any(byte != 0xFF for byte in group.creator_actor_id)
-        if not is_ours or group.state == PlacementGroupTableData.REMOVED:
+    for group in _groups_of_this_job():
+        if not any(byte != 0xFF for byte in group.creator_actor_id):
             continue
         creator = accessor.get_actor_info(ray.ActorID(group.creator_actor_id))
         if creator is None or ActorTableData.FromString(creator).state == ActorTableData.DEAD:
             remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
             n_freed += 1
     return n_freed
+
+
+def pending_groups() -> list[list[dict[str, float]]]:
+    """The placement groups of this Ray job that have no place, or lost a node of theirs: the resources of each one's bundles."""
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+
+    waiting = (PlacementGroupTableData.PENDING, PlacementGroupTableData.RESCHEDULING)
+    groups = [group for group in _groups_of_this_job() if group.state in waiting]
+    return [[dict(bundle.unit_resources) for bundle in group.bundles] for group in groups]
+
+
+def _groups_of_this_job() -> list[Any]:
+    """The rows of this job's placement groups in Ray's table, without those that were removed."""
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # type: ignore[attr-defined]
+
+    job_id = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    rows = state._connect_and_get_accessor().get_placement_group_table()
+    groups = [PlacementGroupTableData.FromString(row) for row in rows]
+    is_removed = PlacementGroupTableData.REMOVED
+    return [group for group in groups if group.creator_job_id == job_id and group.state != is_removed]
 
 
 @contextlib.contextmanager
@@ -308,10 +329,47 @@ class _SlotActor(Mailbox):
 
 def _fit(work: dict[str, Any], settings: WorkerSettings, folder: str, name: str) -> None:
     """Run the train function in Ray Train's workers, for as long as the slot lives."""
+    from ray.train import ControllerError
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch.config import _TorchBackend
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
+    class Backend(_TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            if settings.prepare is not None:
+                worker_group.execute(settings.prepare)
+            super().on_start(worker_group, backend_config)
+
+    class Torch(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Backend
+
+    class Patient(DefaultFailurePolicy):
+        def make_decision(self, training_failed_error: Any) -> Any:
+            failure = getattr(training_failed_error, "controller_failure", None)
+            if isinstance(training_failed_error, ControllerError) and isinstance(failure, WorkerGroupStartupTimeoutError):
+                return FailureDecision.RETRY  # there is no place for them yet: a node was lost, or others are still there
+            return super().make_decision(training_failed_error)
+
+    class Fixed(FixedScalingPolicy):
+        # The cores are asked for by the placement group, which an autoscaler heeds too. Ray Train would tell a process besides,
+        # which it shares with others and leaves behind for ever.
+        def after_controller_start(self, train_run_context: Any) -> None:
+            pass
+
+        def _maybe_send_resource_request(self) -> None:
+            pass
+
     class Trainer(TorchTrainer):
+        def _initialize_and_run_controller(self, **given: Any) -> Any:
+            given["failure_policy"] = Patient(run_config.failure_config)
+            given["scaling_policy"] = Fixed(scaling)
+            return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
+
         def _create_default_callbacks(self) -> list[Any]:
             # Neither is of use here, and each is a process: one hands out Ray's datasets; the other frees placement groups by
             # asking the dashboard, and where there is none, it outlives the slot for ever.
@@ -320,6 +378,9 @@ def _fit(work: dict[str, Any], settings: WorkerSettings, folder: str, name: str)
             return [callback for callback in every if type(callback).__name__ not in unused]
 
     resources = {"CPU": settings.cpus_per_worker} | ({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {})
+    scaling: Any = ScalingConfig(
+        num_workers=settings.n_workers, use_gpu=settings.gpus_per_worker > 0, resources_per_worker=resources
+    )
     run_config: Any = RunConfig(
         name=name,
         storage_path=folder,
@@ -329,10 +390,8 @@ def _fit(work: dict[str, Any], settings: WorkerSettings, folder: str, name: str)
     Trainer(
         _serve,
         train_loop_config=work,
-        torch_config=TorchConfig(backend=settings.backend, timeout_s=math.ceil(settings.timeout_s)),
-        scaling_config=ScalingConfig(
-            num_workers=settings.n_workers, use_gpu=settings.gpus_per_worker > 0, resources_per_worker=resources
-        ),
+        torch_config=Torch(backend=settings.backend, timeout_s=math.ceil(settings.timeout_s)),
+        scaling_config=scaling,
         run_config=run_config,
     ).fit()
 

@@ -16,6 +16,7 @@ from rich.console import Console
 import launch.originals
 from hamu.data.sources import ImageData
 from hamu.errors import CheckpointError
+from hamu.storage.files import read_json
 from hamu.training.config import TrainConfig
 from launch.machine import Machine, Slots
 from launch.originals import Provided, _one_of_each_kind, _pin, provide_models
@@ -236,7 +237,7 @@ def test_retain_only_models_are_one_a_forget_set_measured_and_kept(tmp_path: Pat
         assert result["forget_test_loss_auc"] is not None
     whole_class = by_place["checkpoints/digits/seed_41/forget_0_0.0/retain"]
     assert whole_class["forget_accuracy"] == 0  # it has never seen the class
-    assert json.loads(sweep.folder.references_path.read_text()).keys() == known.keys()
+    assert read_json(sweep.folder.references_path).keys() == known.keys()
     assert provided.references.folders() == {key: entry["path"] for key, entry in known.items()}
 
     again = sweep_of(tmp_path, digits, ray_cluster, "seed=41", with_reference=True)

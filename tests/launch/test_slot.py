@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hamu.data.sources import ImageData
+from hamu.errors import LeaseError
 from hamu.tasks.vision import task_for
 from hamu.training.config import TrainConfig
 from hamu.training.engine import PairedEngine
@@ -32,6 +33,21 @@ pytestmark = pytest.mark.slow
 def sweep(tmp_path: Path, digits: ImageData, original: Original) -> SmallSweep:
     torch.set_num_threads(1)
     return SmallSweep(tmp_path, digits, original)
+
+
+STATES = ("method=hamu-q,ft", "eval_strategy=steps", "eval_steps=2", "logging_steps=1")
+
+
+@pytest.fixture
+def paused(tmp_path: Path, digits: ImageData, original: Original) -> SmallSweep:
+    torch.set_num_threads(1)
+    return SmallSweep(tmp_path / "paused", digits, original, *STATES)
+
+
+def advance_to_step(slot: Slot, step: int) -> dict[str, Any]:
+    while (metrics := slot.advance(budget_s=0.0))["step"] < step:
+        assert not metrics["ended"]
+    return metrics
 
 
 @pytest.mark.slow
@@ -165,7 +181,7 @@ def test_a_finished_trial_is_not_run_again(sweep: SmallSweep) -> None:
 def test_a_trial_that_fails_is_recorded_and_the_slot_goes_on(sweep: SmallSweep) -> None:
     slot, folder = sweep.slot(), sweep.folder.trial(sweep.ids[0])
     folder.mkdir()
-    (folder / "checkpoint.pt").write_bytes(b"cut short")
+    torch.save({"recipe": "another"}, folder / "checkpoint.pt")
     metrics = run_to_end(slot, sweep.ids[0])
     assert (metrics["stop_reason"], metrics["status"]) == ("failed", "failed")
     row = sweep.row(sweep.ids[0])
@@ -177,26 +193,78 @@ def test_a_trial_that_fails_is_recorded_and_the_slot_goes_on(sweep: SmallSweep) 
     assert run_to_end(slot, sweep.ids[0])["status"] == "finished"  # tried again, from the start
 
 
+@pytest.mark.parametrize("broken", ["checkpoint", "records"])
+def test_a_trial_whose_saved_state_is_broken_says_so_keeps_it_and_begins_anew(paused: SmallSweep, broken: str) -> None:
+    whole, trial_id = paused.slot(), paused.ids[0]
+    run_to_end(whole, paused.ids[1])
+    whole.begin(trial_id)
+    advance_to_step(whole, 4)
+    whole.hold()
+    folder = paused.folder.trial(trial_id)
+    path = folder / "checkpoint.pt" if broken == "checkpoint" else min(paused.folder.records.glob(f"{trial_id}-*.parquet"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    lines: list[str] = []
+    slot = Slot(paused.shared_by(lambda item: item), lambda item: item, say=lines.append)
+    assert slot.begin(trial_id)["ended"] is False
+    assert slot.advance(budget_s=0.0)["step"] <= 1
+    assert advance_to_end(slot)["status"] == "finished"
+    assert len(lines) == 1 and trial_id in lines[0] and path.name in lines[0]
+    assert (folder / "checkpoint.pt.corrupt-1").is_file()
+    rows = [row for row in read_records(paused.folder.records).to_pylist() if row["trial_id"] == trial_id]
+    assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_held_trial_is_left_in_order_and_goes_on_to_the_same_bits(
+    paused: SmallSweep, tmp_path: Path, digits: ImageData, original: Original
+) -> None:
+    whole = SmallSweep(tmp_path / "whole", digits, original, *STATES)
+    run_to_end(whole.slot(), whole.ids[0])
+    first, trial_id = paused.slot(), paused.ids[0]
+    first.begin(trial_id)
+    advance_to_step(first, 3)
+    assert first.hold() == {"ended": True}
+    attempts = json.loads((paused.folder.trial(trial_id) / "attempts.json").read_text())
+    assert [each["closed"] for each in attempts] == [True]
+    second = paused.slot()
+    second.begin(trial_id)
+    assert second.advance(budget_s=0.0)["step"] == 4
+    advance_to_end(second)
+    assert paused.metrics(trial_id) == whole.metrics(trial_id)
+
+
+def test_a_trial_is_saved_when_that_is_asked_for_and_tells_what_it_took(paused: SmallSweep) -> None:
+    slot, checkpoint = paused.slot(), paused.folder.trial(paused.ids[0]) / "checkpoint.pt"
+    slot.begin(paused.ids[0])
+    assert "save_s" not in advance_to_step(slot, 3)
+    assert not checkpoint.exists()
+    assert 0 < slot.advance(budget_s=0.0, saves=True)["save_s"] < 5
+    assert torch.load(checkpoint, weights_only=True)["step"] == 3
+    assert "save_s" not in slot.advance(budget_s=0.0)
+
+
+def test_a_process_whose_trial_another_has_taken_over_writes_nothing_more(paused: SmallSweep) -> None:
+    slot, trial_id = paused.slot(), paused.ids[0]
+    slot.begin(trial_id)
+    advance_to_step(slot, 3)
+    folder = paused.folder.trial(trial_id)
+    for lease in folder.glob(".lease*"):  # as a holder of another machine that was cut off for long
+        lease.unlink()
+    before = {path: path.stat().st_mtime_ns for path in (*folder.rglob("*"), *paused.folder.records.iterdir()) if path.is_file()}
+    with pytest.raises(LeaseError, match="is no longer this process's"):
+        advance_to_end(slot)
+    with pytest.raises(LeaseError):
+        slot._write_row({})
+    after = (*folder.rglob("*"), *paused.folder.records.iterdir())
+    assert {path: path.stat().st_mtime_ns for path in after if path.is_file()} == before
+
+
 def test_a_model_folder_that_is_gone_fails_the_trial_not_the_slot(sweep: SmallSweep, original: Original) -> None:
     shared = replace(sweep.shared, originals=dict.fromkeys(sweep.plan.originals, replace(original, path="/no/such/folder")))
     slot = Slot(shared, lambda item: item)
     assert run_to_end(slot, sweep.ids[0])["status"] == "failed"
     assert "no model folder" in sweep.row(sweep.ids[0])["error"]
-
-
-STATES = ("method=hamu-q,ft", "eval_strategy=steps", "eval_steps=2", "logging_steps=1")
-
-
-@pytest.fixture
-def paused(tmp_path: Path, digits: ImageData, original: Original) -> SmallSweep:
-    torch.set_num_threads(1)
-    return SmallSweep(tmp_path / "paused", digits, original, *STATES)
-
-
-def advance_to_step(slot: Slot, step: int) -> dict[str, Any]:
-    while (metrics := slot.advance(budget_s=0.0))["step"] < step:
-        assert not metrics["ended"]
-    return metrics
 
 
 @pytest.mark.slow
@@ -265,7 +333,7 @@ def test_a_process_that_takes_the_place_of_a_dead_one_can_save_and_leave_at_once
     dead.begin(trial_id)
     advance_to_step(dead, 3)
     dead._run.save()  # type: ignore[union-attr]  # as by save_strategy
-    dead._held.close()  # what the kernel does for a process that is killed: the lock is free
+    dead._place.abandon()  # what the kernel does for a process that is killed: the lock is free
     heir = paused.slot()
     heir.begin(trial_id)
     heir.save(str(tmp_path / "state"))
@@ -322,11 +390,25 @@ def test_an_error_of_the_device_ends_the_process_and_the_second_one_the_trial(
     assert run_to_end(sweep.slot(run_id="second"), trial_id)["status"] == "finished"  # a resumed sweep tries again
 
 
+def test_a_death_on_a_node_that_is_gone_is_not_the_trials_own(sweep: SmallSweep) -> None:
+    gone: set[str] = set()
+    for node in "abcd":
+        slot = Slot(sweep.shared_by(lambda item: item), lambda item: item, node=node, gone=lambda: gone)
+        assert slot.begin(sweep.ids[0])["ended"] is False
+        assert slot.advance()["nodes"] == [node]
+        slot._place.abandon()  # what happens to a process that is killed
+        gone.add(node)
+    attempts = json.loads((sweep.folder.trial(sweep.ids[0]) / "attempts.json").read_text())
+    assert [(each["nodes"], each["closed"]) for each in attempts] == [([node], False) for node in "abcd"]
+    gone.clear()
+    assert sweep.slot().begin(sweep.ids[0])["status"] == "failed"
+
+
 def test_a_trial_whose_process_dies_twice_without_a_word_has_failed(sweep: SmallSweep) -> None:
     for _ in range(2):
         slot = sweep.slot()
         slot.begin(sweep.ids[0])
-        slot._held.close()  # what the kernel does for a process that is killed
+        slot._place.abandon()  # what the kernel does for a process that is killed
     assert sweep.slot().begin(sweep.ids[0])["status"] == "failed"
     assert sweep.row(sweep.ids[0])["error"] == "its process died (killed, or out of memory)"
 

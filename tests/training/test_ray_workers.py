@@ -180,11 +180,10 @@ def pid_of(actor_class: str) -> int:
 
 
 def is_nothing_left(ray: Any) -> bool:
-    """Whether no actor, process or placement group is left, besides the one process that Ray Train shares in a session."""
+    """Whether no actor, process or placement group is left."""
     from ray._private.state import state
 
-    shared = "_AutoscalingCoordinatorActor"
-    actors = [actor for actor in state.actor_table(None).values() if actor["ActorClassName"] != shared]
+    actors = state.actor_table(None).values()
     has_actors = any(actor["State"] != "DEAD" or (actor["Pid"] and is_alive(actor["Pid"])) for actor in actors)
     return not has_actors and not held_groups(ray) and ray.available_resources().get("CPU") == 2.0
 
