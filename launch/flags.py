@@ -21,6 +21,7 @@ from tune_spaces.space import Space
 
 DEFAULT_SPACE = "digits/quickstart"
 AUTO = "auto"
+_OF_EXTENSION = ("set", "seeds")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 _NONE = "none"
 
@@ -73,6 +74,11 @@ def _add_trials(group: Any) -> None:
         help="train retain-only models too, and measure how close the trials come to them (default: as the space)")  # fmt: skip
     add("--name", help="name of the sweep and its results folder (default: space and time)")
     add("--resume", metavar="NAME", help="go on with a sweep: its unfinished trials run, its finished ones do not")
+    add(
+        "--extend",
+        action="store_true",
+        help="with --resume: add the trials that the space, --set or --seeds give now and the sweep lacks",
+    )
     add("--dry-run", action="store_true", help="print what would run, on what, and stop")
     add("--fetch", action="store_true", help="bring the models and datasets from the hub into the cache, once, and stop")
 
@@ -106,7 +112,15 @@ def _add_machine(group: Any) -> None:
     add("--gpus", type=float, metavar="SHARE", help="GPUs a trial, such as 0.5 (default: 1 where there are GPUs); 0: cores only")
     add("--gpus-per-worker", metavar=f"SHARE|{AUTO}",
         help=f"the same for each process of a trial; {AUTO}: as many trials on a GPU as the memory estimate allows")  # fmt: skip
-    add("--storage-path", metavar="DIR", help="artifact root: checkpoints, results, caches (default artifacts)")
+    add("--storage-path", metavar="DIR|URL",
+        help="artifact root: checkpoints, results, caches (default artifacts); on several nodes a folder that all share, or a "
+        "URL such as s3://bucket/hamu")  # fmt: skip
+    add("--cluster", metavar="FILE", help="a cluster file such as launch/clusters/onprem.yaml, with its settings beside it; with "
+        "--dry-run nothing is contacted")  # fmt: skip
+    add("--address", metavar="HOST:PORT|auto", help="join the Ray cluster whose head is there; auto: the one of this machine")
+    add("--wait-for-nodes", type=int, metavar="N", help="begin when the cluster has N nodes")
+    add("--part", metavar="I/N", help="run the I-th of N shares of the trials, beside other processes that run the others in the "
+        "same results folder; the same command goes on with them")  # fmt: skip
     add("--dashboard", action="store_true", help="start Ray's dashboard on the loopback")
     add("--debug", action="store_true", help="show tracebacks")
 
@@ -128,11 +142,19 @@ def parse(argv: Sequence[str], description: str) -> argparse.Namespace:
         raise ConfigError(f"unknown flag {rest[0]!r}; {hint}Known: {', '.join('--' + name for name in known)}")
     if args.resume is not None:
         for name in _OF_THE_PLAN:
-            if getattr(args, name) not in (None, []):
-                raise ConfigError(
-                    f"--resume {args.resume} runs its own plan, so --{name.replace('_', '-')} is of no use; leave it out, or "
-                    "start a new sweep"
-                )
+            if getattr(args, name) not in (None, []) and not (args.extend and name in _OF_EXTENSION):
+                mend = "give --extend to add trials" if name in _OF_EXTENSION else "leave it out, or start a new sweep"
+                raise ConfigError(f"--resume {args.resume} runs its own plan, so --{name.replace('_', '-')} is of no use; {mend}")
+    elif args.extend:
+        raise ConfigError("--extend adds trials to a sweep that is there; give --resume NAME too")
+    if args.part is not None and args.extend:
+        raise ConfigError(f"--part {args.part} and --extend: a sweep is extended as a whole; leave one of them out")
+    if args.part is not None and args.name is None and args.resume is None:
+        raise ConfigError(f"--part {args.part}: the shares of a sweep find each other by its name; give --name")
+    if args.dry_run and (args.probe is not None or args.prune_infeasible) and (args.cluster or args.address):
+        raise ConfigError("--dry-run with --probe measures on this machine; leave out --cluster and --address, or --dry-run")
+    if args.wait_for_nodes is not None and args.wait_for_nodes < 1:
+        raise ConfigError(f"--wait-for-nodes {args.wait_for_nodes}: it is a number of nodes; give 1 or more")
     if args.name is not None and not _NAME.fullmatch(args.name):
         raise ConfigError(
             f"--name {args.name!r}: a name is 1 to 100 of A-Z a-z 0-9 _ . + -, and begins with a letter, digit or _"

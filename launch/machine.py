@@ -29,7 +29,7 @@ class Machine:
     """Cores that this process may use, GPUs that it may see, and their names.
 
     gpu_memory_bytes: of the smallest of them; None: not known. gpu_ids: their names for `CUDA_VISIBLE_DEVICES`. has_mig: some are
-    parts of a GPU (MIG devices), which work alone only.
+    parts of a GPU (MIG devices), which work alone only. nodes: cores and GPUs of each machine of a cluster; empty: it is one.
     """
 
     cpus: int
@@ -40,19 +40,27 @@ class Machine:
     gpu_memory_bytes: int | None = None
     gpu_ids: tuple[str, ...] = ()
     has_mig: bool = False
+    nodes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def most_cpus(self) -> int:
+        """Cores of the largest node: what one process can have at most."""
+        return max((cpus for cpus, _ in self.nodes), default=self.cpus)
 
     def describe(self) -> str:
         """In a few words, for a terminal."""
         memory = f" ({self.gpu_memory_bytes / 2**30:.0f} GiB)" if self.gpu_memory_bytes else ""
         gpus = f", {self.gpus} x {self.gpu_name or 'GPU'}{memory}" if self.gpus else ", no GPU"
-        return f"{self.cpus} cores ({self.cpu_name}){gpus}, {self.memory_bytes / 2**30:.0f} GiB"
+        own = f", {self.memory_bytes / 2**30:.0f} GiB" if self.memory_bytes else ""
+        return f"{self.cpus} cores ({self.cpu_name}){gpus}{own}"
 
     def to_json(self) -> dict[str, Any]:
         """For summary.json."""
         return {
             "cpus": self.cpus, "cpu": self.cpu_name, "gpus": self.gpus, "gpu": self.gpu_name, "memory_bytes": self.memory_bytes,
             "gpu_memory_bytes": self.gpu_memory_bytes, "gpu_ids": list(self.gpu_ids),
-            "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
+            "nodes": [list(node) for node in self.nodes], "system": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
         }  # fmt: skip
 
 
@@ -145,17 +153,19 @@ def choose_slots(
     most = min(max_concurrent or n_trials, n_trials)
     if share == 0:
         return Slots(count=max(1, min(max_concurrent or machine.cpus, n_trials)), most=most)
-    # Trials on a share of a GPU must not straddle two of them.
-    fitting = machine.gpus * int(1 / share + 1e-9) if share <= 1 else machine.gpus // int(share)
+    # Trials on a share of a GPU must not straddle two of them, nor several GPUs of a trial two nodes.
+    nodes = machine.nodes or ((machine.cpus, machine.gpus),)
+    fitting = machine.gpus * int(1 / share + 1e-9) if share <= 1 else sum(gpus // int(share) for _, gpus in nodes)
     if fitting < 1:
-        raise ConfigError(f"--gpus {share:g}: this machine shows {machine.gpus} GPUs; give --gpus 0 to run on its cores")
+        shown = f"{machine.gpus} GPUs" + f" on {len(nodes)} nodes" * (len(nodes) > 1)
+        raise ConfigError(f"--gpus {share:g}: {_there(machine)} shows {shown}; give --gpus 0 to run on its cores")
     if max_concurrent is not None and max_concurrent > fitting and not shares_gpus:
         raise ConfigError(
             f"--max-concurrent {max_concurrent}: {machine.gpus} GPUs hold {fitting} trials of {share:g}; "
             f"give at most {fitting}, or a smaller --gpus"
         )
     count = max(1, min(max_concurrent or fitting, n_trials, fitting))
-    return Slots(count=count, cpus_per_trial=max(1, machine.cpus // fitting), gpus_per_trial=share, most=most)
+    return Slots(count=count, cpus_per_trial=_cpus_beside(nodes, share), gpus_per_trial=share, most=most)
 
 
 def fit_slots(slots: Slots, machine: Machine, memory_bytes: int | None) -> Slots:
@@ -237,7 +247,7 @@ def _split_slots(machine: Machine, pairing: Pairing, *, n_trials: int, max_concu
             "use --set gradient_pairing=sequential, or --set backend=gloo"
         )
     if on_gpus and machine.gpus == 0:
-        raise ConfigError(f"--gpus {gpus:g}: this machine shows 0 GPUs; give --gpus 0 to run on its cores")
+        raise ConfigError(f"--gpus {gpus:g}: {_there(machine)} shows 0 GPUs; give --gpus 0 to run on its cores")
     per_gpu = -(-n_workers // machine.gpus) if on_gpus else 1  # workers that share a GPU, which gloo allows
     fitting = machine.gpus * per_gpu // n_workers if on_gpus else max(1, machine.cpus // n_workers)
     if on_gpus and max_concurrent is not None and max_concurrent > fitting:
@@ -245,18 +255,32 @@ def _split_slots(machine: Machine, pairing: Pairing, *, n_trials: int, max_concu
             f"--max-concurrent {max_concurrent}: {machine.gpus} GPUs hold {fitting} trials of {n_workers} workers; "
             f"give at most {fitting}"
         )
+    cpus_per_worker = max(1, machine.cpus // (fitting * n_workers))
+    if machine.nodes:  # any of them may hold any worker
+        cpus_per_worker = min(cpus_per_worker, _cpus_beside(machine.nodes, 1 / per_gpu))
     warning = None
     if machine.cpus < n_workers:
-        warning = f"num_workers {n_workers}: this machine has {machine.cpus} cores, so the workers share them and gain no time"
+        there = _there(machine)
+        warning = f"num_workers {n_workers}: {there} has {machine.cpus} cores, so the workers share them and gain no time"
     return Slots(
         count=max(1, min(max_concurrent or fitting, n_trials)),
-        cpus_per_trial=n_workers * (max(1, machine.cpus // (fitting * n_workers)) if on_gpus else 1),
+        cpus_per_trial=n_workers * (cpus_per_worker if on_gpus else 1),
         gpus_per_trial=n_workers / per_gpu if on_gpus else 0.0,
         workers_per_trial=n_workers,
         backend=backend,
         warning=warning,
         most=min(max_concurrent or n_trials, n_trials),
     )
+
+
+def _there(machine: Machine) -> str:
+    return "the cluster" if machine.nodes else "this machine"
+
+
+def _cpus_beside(nodes: tuple[tuple[int, int], ...], share: float) -> int:
+    """Cores of a trial that has this many GPUs, so that every node with GPUs holds as many trials as its GPUs do."""
+    of_node = [(cpus, int(gpus * int(1 / share + 1e-9) if share <= 1 else gpus // int(share))) for cpus, gpus in nodes if gpus]
+    return max(1, min((cpus // held for cpus, held in of_node if held), default=1))
 
 
 def _cpu_name() -> str:

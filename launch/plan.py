@@ -54,6 +54,7 @@ class Plan:
 
     The trials' settings go on top of `defaults`, so that a resumed sweep does not follow new defaults. script, published: the
     published script that the space stands for and its number of trials. references: the training of retain-only models.
+    extensions: overrides that trials were added with later. gone: keys of trials that the space does not give any more.
     """
 
     name: str
@@ -72,6 +73,8 @@ class Plan:
     scale: str = FULL
     references: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     search: SearchSettings = field(default_factory=SearchSettings)
+    extensions: tuple[Mapping[str, Any], ...] = ()
+    gone: tuple[str, ...] = ()
 
     def config(self, trial: PlannedTrial) -> TrainConfig:
         """A trial's whole configuration."""
@@ -117,6 +120,8 @@ class Plan:
             "published": self.published,
             "scale": self.scale,
             "search": asdict(self.search),
+            "extensions": [{key: list(values) for key, values in each.items()} for each in self.extensions],
+            "gone": list(self.gone),
             "originals": {key: dict(config) for key, config in self.originals.items()},
             "references": {key: dict(config) for key, config in self.references.items()},
             "trials": [
@@ -141,6 +146,7 @@ class Plan:
             raise KeyError(f"format {stored['format']}")
         known = {name: value for name, value in stored["defaults"].items() if name in KNOWN}
         later = {name: stored[name] for name in ("script", "published", "scale", "references") if name in stored}
+        extensions = ({key: tuple(values) for key, values in each.items()} for each in stored.get("extensions", []))
         return cls(
             **{name: stored[name] for name in ("name", "space", "task", "summary", "created_at", "versions", "originals")},
             overrides={key: tuple(values) for key, values in stored["overrides"].items()},
@@ -148,6 +154,8 @@ class Plan:
             trials=tuple(PlannedTrial(**trial) for trial in stored["trials"]),
             root=root,
             search=SearchSettings(**stored.get("search", {})),
+            extensions=tuple(extensions),
+            gone=tuple(stored.get("gone", [])),
             **later,
         )
 
@@ -267,6 +275,11 @@ def reference_settings(trial: Mapping[str, Any], original: Mapping[str, Any]) ->
     return {**original, "add_forget_to_train": False, **{name: trial[name] for name in _FORGET_SET if name in trial}}
 
 
+def key_of(trial_id: str) -> str:
+    """What names a trial whatever its number: its method and the hash of its settings."""
+    return trial_id.partition("-")[2]
+
+
 def data_key(config: TrainConfig) -> str:
     """Eight hex digits that configurations on the same rows share (the forget set apart)."""
     flat = config.to_flat()
@@ -298,6 +311,6 @@ def _versions() -> dict[str, str]:
 
 
 __all__ = [
-    "HamuError", "Plan", "PlannedTrial", "data_key", "make_plan", "original_settings", "read_overrides", "said_once",
+    "HamuError", "Plan", "PlannedTrial", "data_key", "key_of", "make_plan", "original_settings", "read_overrides", "said_once",
     "trial_columns",
 ]  # fmt: skip

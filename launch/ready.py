@@ -19,7 +19,10 @@ from hamu.training.probe import N_PAIRS
 from hamu.training.ray_workers import local_ray
 from launch.checks import check_forget_sets, is_on_hub
 from launch.machine import Machine, Slots, gpu_environment
+from launch.nodes import Watch
+from launch.notices import Notices
 from launch.originals import Provided, provide_models
+from launch.pairing import pairing_of
 from launch.plan import Plan
 from launch.probe import Probe, probe_plan
 from launch.results import SweepFolder
@@ -30,22 +33,31 @@ from launch.words import Words
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """Of a sweep: how many trials at once, on what; where progress is told; what has been sent to the process."""
+    """Of a sweep: how many trials at once, on what; where progress is told; what has been sent to the process. is_joined: the Ray
+    is a cluster that this process has joined; else it starts one of its own."""
 
     slots: Slots
     machine: Machine
     words: Words
     signals: Signals
+    is_joined: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """What trials need, on the Ray that this process has joined. data: references to the rows, by data_key."""
+    """What trials need, on the Ray that this process has joined. data: references to the rows, by data_key. notices: what the
+    driver and the slots tell each other."""
 
     plan: Plan
     data: Mapping[str, Any]
     provided: Provided
     schedule: Schedule
+    notices: Notices
+
+    def watch(self, around: Surroundings) -> Watch:
+        """Looks at the nodes while trials run."""
+        n_workers = pairing_of(self.plan).n_workers
+        return Watch(around.words.say, slots=around.slots, n_workers=n_workers, notices=self.notices)
 
     def probe(self, todo: Sequence[str], around: Surroundings, n_pairs: int | None) -> Probe:
         """Measure what the first pairs of gradients of the trials allow, and say it. n_pairs: None: as many as is usual."""
@@ -67,7 +79,7 @@ def ready_on_ray(
     dashboard: bool,
     wants_memory: bool = False,
 ) -> Iterator[Ready]:
-    """Load the data, start a Ray of this process's own, and provide the models that trials start from.
+    """Load the data, start a Ray of this process's own where none is joined, and provide the models that trials start from.
 
     Args:
         plan, todo: the trials, and ids of those that may run.
@@ -88,28 +100,37 @@ def ready_on_ray(
     schedule = schedule_of(plan, data)
     bring_models(plan.configs.values(), words)
     sizes = {key: item.n_bytes for key, item in data.items()}
-    started = time.monotonic()
-    with contextlib.ExitStack() as session:
-        os.environ.update(gpu_environment(around.machine, os.environ))
-        with words.busy("starting Ray"):
-            ray_of_our_own = local_ray(
-                cpus=max(around.machine.cpus, slots.count * slots.cpus_per_trial),
-                gpus=around.machine.gpus,
-                shared_bytes=sum(sizes.values()),
-                dashboard=dashboard,
-                folder=session.enter_context(ray_folder()),
-            )
-            address = session.enter_context(ray_of_our_own)
-            signals.install()  # Ray has taken SIGTERM
-            signals.check()
-        board_at = f", dashboard at {address}{token_hint()}" if address else ""
-        words.say(f"Ray started in {time.monotonic() - started:.1f} s{board_at}")
+    own = _ray_of_our_own(around, shared_bytes=sum(sizes.values()), dashboard=dashboard)
+    with contextlib.nullcontext() if around.is_joined else own:
+        notices = Notices()
         references = {key: ray.put(item) for key, item in data.items()}
         provided = provide_models(
             plan, todo, references, sizes, slots=slots, machine=around.machine, words=words, signals=signals, folder=folder,
-            wants_memory=wants_memory,
+            wants_memory=wants_memory, watch=Watch(words.say, slots=slots, notices=notices),
         )  # fmt: skip
-        yield Ready(plan=plan, data=references, provided=provided, schedule=schedule)
+        yield Ready(plan=plan, data=references, provided=provided, schedule=schedule, notices=notices)
+
+
+@contextlib.contextmanager
+def _ray_of_our_own(around: Surroundings, *, shared_bytes: int, dashboard: bool) -> Iterator[None]:
+    """Start a Ray of this process's own, say so, and stop it."""
+    started = time.monotonic()
+    os.environ.update(gpu_environment(around.machine, os.environ))
+    with ray_folder() as folder, contextlib.ExitStack() as session:
+        with around.words.busy("starting Ray"):
+            starting = local_ray(
+                cpus=max(around.machine.cpus, around.slots.count * around.slots.cpus_per_trial),
+                gpus=around.machine.gpus,
+                shared_bytes=shared_bytes,
+                dashboard=dashboard,
+                folder=folder,
+            )
+            address = session.enter_context(starting)
+            around.signals.install()  # Ray has taken SIGTERM
+            around.signals.check()
+        board_at = f", dashboard at {address}{token_hint()}" if address else ""
+        around.words.say(f"Ray started in {time.monotonic() - started:.1f} s{board_at}")
+        yield
 
 
 def bring_models(configs: Iterable[TrainConfig], words: Words) -> None:

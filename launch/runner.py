@@ -12,6 +12,9 @@ from typing import Any
 
 from ray import tune
 
+from hamu.errors import LeaseError
+from hamu.storage.lease import Lease
+from hamu.storage.mount import url_of
 from launch.attempts import was_begun
 from launch.follow import Follow
 from launch.left_out import without_dropped, without_failed
@@ -19,10 +22,12 @@ from launch.live import Board
 from launch.machine import Machine, Slots, fit_slots, fit_text, memory_cap
 from launch.on_tune import run_on_tune, worker_settings
 from launch.pairing import pairing_of
+from launch.part import Part
 from launch.plan import Plan
 from launch.probe import Probe, saved_text
 from launch.proposals import Proposals, open_search, view_for, write_search
 from launch.ready import Ready, Surroundings, ready_on_ray
+from launch.repair import repair
 from launch.results import SweepFolder, write_json
 from launch.runs import Runs
 from launch.scheduling import check_schedule
@@ -46,6 +51,10 @@ def run_sweep(
     fit_gpus: bool = False,
     n_probe: int | None = None,
     prune_infeasible: bool = False,
+    is_joined: bool = False,
+    lease: Lease | None = None,
+    whole: Plan | None = None,
+    part: Part | None = None,
 ) -> dict[str, Any]:
     """Run the trials of a plan that have not ended, and write the results; call it while holding the folder's lease.
 
@@ -60,6 +69,9 @@ def run_sweep(
         fit_gpus: let as many trials share a GPU as their memory estimate allows.
         n_probe: pairs of gradients to measure first, and tell what they allow; None: none.
         prune_infeasible: drop the trials that none of the pairs allows; measures as many as is usual where `n_probe` is None.
+        is_joined: the Ray is a cluster that this process has joined.
+        lease: of the folder; a process that has lost it stops.
+        whole: the plan of the sweep that the summary is of, where this is a share of it; part: which.
 
     Returns:
         The summary, as in summary.json.
@@ -69,7 +81,8 @@ def run_sweep(
         Interrupted: a signal came; what has finished is kept.
     """
     check_schedule(plan)
-    around = Surroundings(slots=slots, machine=machine, words=words, signals=signals)
+    around = Surroundings(slots=slots, machine=machine, words=words, signals=signals, is_joined=is_joined)
+    repair(folder, plan, words.say)
     todo = [] if _has_run_out(plan, folder, words) else folder.unfinished(plan)
     if not todo:
         _complete_references(plan, folder, around, dashboard=dashboard)
@@ -88,11 +101,14 @@ def run_sweep(
             if fit_gpus:
                 slots = fit_slots(slots, machine, provided.memory_bytes)
                 words.say(fit_text(slots, machine, provided.memory_bytes))
-            _run_trials(ready, todo, folder, replace(around, slots=slots), stopper=stopper)
+            around = replace(around, slots=slots)
+            _run_trials(ready, todo, folder, around, stopper=stopper, lease=lease, part=part)
+            if again := repair(folder, plan, words.say):  # found broken as soon as they had ended: a disk to look at
+                _run_trials(ready, again, folder, around, stopper=stopper, lease=lease, part=part)
             provided.references.wait()
             if probe is not None and prune_infeasible and (saved := saved_text(probe, list(folder.rows().values()))):
                 words.say(saved)
-    return write_summary(plan, folder, slots=slots, machine=machine)
+    return write_summary(whole or plan, folder, slots=slots, machine=machine)
 
 
 def probe_sweep(
@@ -156,8 +172,25 @@ def _complete_references(plan: Plan, folder: SweepFolder, around: Surroundings, 
         write_search(folder, view=view_for(plan, folder), ended=open_search(plan, folder).ended)
 
 
+def _scratch(folder: SweepFolder) -> str:
+    """Where Ray's own files lie when it runs on several nodes, which share no other place."""
+    path = (folder.path / ".ray").resolve()
+    return f"{url}/.ray" if (url := url_of(folder.path)) else str(path)
+
+
+class _LeaseLost(BaseException):
+    """Another process has the folder. Not an `Exception`, so that Tune lets it pass."""
+
+
 def _run_trials(
-    ready: Ready, todo: Sequence[str], folder: SweepFolder, around: Surroundings, *, stopper: tune.Stopper | None
+    ready: Ready,
+    todo: Sequence[str],
+    folder: SweepFolder,
+    around: Surroundings,
+    *,
+    stopper: tune.Stopper | None,
+    lease: Lease | None,
+    part: Part | None,
 ) -> None:
     """Run those of the trials that the search chooses."""
     plan, provided, slots = ready.plan, ready.provided, around.slots
@@ -186,14 +219,30 @@ def _run_trials(
         workers=worker_settings(slots, pairing_of(plan)),
         gpu_share=memory_cap(slots, around.machine),
         retain_references=provided.references.folders(),
+        notices=ready.notices.actor,
+        scratch=_scratch(folder) if len(around.machine.nodes) > 1 else "",
     )
     board_of = Board(plan, around.words.console, n_ended=stand.n_ended, n_trials=stand.n_total)
-    with Runs(folder.runs_path) as runs, board_of as board:
+
+    def poll() -> None:
+        provided.references.poll()
+        try:
+            if lease is not None:
+                lease.check()
+        except LeaseError as error:
+            raise _LeaseLost(error) from error
+
+    with Runs(folder.runs_of(None if part is None else part.name)) as runs, board_of as board:
         tell = proposals.tell if proposals else None
-        follow = Follow(plan, folder, board, around.signals, tell=tell, poll=provided.references.poll, runs=runs)
-        run_on_tune(
-            shared, todo, slots, follow, proposals=proposals,
-            scheduler=ready.schedule.scheduler, stopper=stopper, adjustable=ready.schedule.adjustable,
-        )  # fmt: skip
+        follow = Follow(
+            plan, folder, board, around.signals, tell=tell, poll=poll, runs=runs, watch=ready.watch(around), notices=ready.notices
+        )
+        try:
+            run_on_tune(
+                shared, todo, slots, follow, proposals=proposals,
+                scheduler=ready.schedule.scheduler, stopper=stopper, adjustable=ready.schedule.adjustable,
+            )  # fmt: skip
+        except _LeaseLost as lost:
+            raise lost.args[0] from None
     if proposals is not None:
         say_how(ended=proposals.ended, n_proposed=proposals.n_given)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hamu.storage.mount import shown
 from launch.plan import Plan
 from tune_spaces.search import SearchSettings
 
@@ -37,11 +38,12 @@ def standing(plan: Plan, rows: Mapping[str, _Row], out: Iterable[str] = ()) -> S
     """Count a plan's trials.
 
     Args:
-        rows: of the trials that ended, by id.
+        rows: of the trials that ended, by id; those of other plans do not count.
         out: ids of trials that cannot be run now.
     """
-    dropped = {trial_id for trial_id, row in rows.items() if row.get("status") == "dropped"}
-    ended = {trial_id for trial_id, row in rows.items() if has_ended(row)} - dropped
+    own = {trial.trial_id: rows[trial.trial_id] for trial in plan.trials if trial.trial_id in rows}
+    dropped = {trial_id for trial_id, row in own.items() if row.get("status") == "dropped"}
+    ended = {trial_id for trial_id, row in own.items() if has_ended(row)} - dropped
     n_pool = len(plan.trials) - len(dropped.union(out) - ended)
     return Standing(n_ended=len(ended), n_dropped=len(dropped), n_left=max(0, min(plan.n_to_run, n_pool) - len(ended)))
 
@@ -84,5 +86,5 @@ def left_words(plan: Plan, stand: Standing) -> str:
 
 def resume_command(plan: Plan) -> str:
     """What goes on with a sweep."""
-    place = "" if plan.root == Path("artifacts") else f" --storage-path {plan.root}"
+    place = "" if plan.root == Path("artifacts") else f" --storage-path {shown(plan.root)}"
     return f"python launch/sweep.py --resume {plan.name}{place}"

@@ -1,132 +1,80 @@
-"""Run a sweep: every trial of a space, on this machine, with a report at the end.
+"""Run a sweep: every trial of a space, on this machine or a Ray cluster, with a report at the end.
 
     python launch/sweep.py                                   digits/quickstart, about two minutes
     python launch/sweep.py --list
     python launch/sweep.py --space cifar/constraint_sweep --set dataset_name=../cifar10 --dry-run
     python launch/sweep.py --set method=hamu-q,gdiff --set lr=0.01,0.1 --name mine
-    python launch/sweep.py --resume mine
+    python launch/sweep.py --resume mine                                       finished trials do not run again
+    python launch/sweep.py --resume mine --extend --set lr=0.2                 and some more
     python launch/sweep.py --space cifar/grid --scale small --seeds 41,42      on embedded data, in minutes
     python launch/sweep.py --set lr=0.005..0.08:9 --search tpe --trials 24 --until no-gain:10
     python launch/sweep.py --probe --prune-infeasible                          what the gradients allow, before and instead
     python launch/sweep.py --target "forget_accuracy<=retrained" --keep "retain_accuracy>=original-0.01"
+    python launch/sweep.py --cluster launch/clusters/aws-a100.yaml --space cifar/grid --dry-run
+    python launch/sweep.py --address auto --storage-path /shared/hamu          on a machine of a Ray cluster
+
+From elsewhere a cluster is reached by `python launch/submit.py`, or `ray job submit`: inside a job this command joins the job's
+cluster by itself. No other cluster is joined unless a flag names it.
 
 Exit codes: 0 all trials ended without error, 1 some failed, 2 bad input, 128 + n stopped by signal n (resume it).
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import os
-import shutil
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 _ROOT = Path(__file__).resolve().parents[1]
 # As a script, Python puts launch/ first on the path: its modules would hide others of their names.
 sys.path[:] = [str(_ROOT), *(entry for entry in sys.path if Path(entry or ".").resolve() not in (_ROOT, _ROOT / "launch"))]
 
-from hamu.cli.environment import read_environment  # noqa: E402
-from hamu.errors import ConfigError, HamuError  # noqa: E402
-from launch.checks import check_plan, missing_models  # noqa: E402
-from launch.flags import DEFAULT_SPACE, gpu_share, parse, search_settings, wants_references  # noqa: E402
+from hamu.cli.ray_environment import prepare_environment  # noqa: E402
+from hamu.errors import HamuError  # noqa: E402
+from hamu.storage import files  # noqa: E402
+from hamu.storage.mount import remove, shown  # noqa: E402
+from launch.checks import is_on_hub, missing_models  # noqa: E402
+from launch.cluster import cluster_machine, with_cores  # noqa: E402
+from launch.cluster_checks import check_asks, check_filled_in  # noqa: E402
+from launch.flags import AUTO, gpu_share, parse  # noqa: E402
 from launch.machine import Machine, Slots, choose_slots, this_machine  # noqa: E402
 from launch.pairing import pairing_of  # noqa: E402
-from launch.plan import Plan, make_plan, read_overrides, said_once  # noqa: E402
+from launch.place import Place, find_place, root_of, take_settings  # noqa: E402
+from launch.plan import said_once  # noqa: E402
 from launch.plan_text import plan_text, spaces_text  # noqa: E402
-from launch.results import SweepFolder, check_free, find_sweep  # noqa: E402
-from launch.scheduling import check_schedule  # noqa: E402
-from launch.search_checks import check_search  # noqa: E402
+from launch.prepare import Prepared, new_plan, prepare  # noqa: E402
 from launch.signals import Interrupted, Signals  # noqa: E402
 from launch.standing import left_words, resume_command, standing  # noqa: E402
-from tune_spaces.scale import FULL  # noqa: E402
 from tune_spaces.space import find_space, list_spaces, load_space  # noqa: E402
 
+if TYPE_CHECKING:
+    import argparse
 
-def prepare(args: argparse.Namespace) -> tuple[Plan, SweepFolder]:
-    """Make the plan, or read the one to resume, and check all that it points to. Nothing is written.
-
-    Raises:
-        HamuError: the input is wrong.
-    """
-    root = root_of(args)
-    if args.resume is not None:
-        folder = find_sweep(root, args.resume)
-        plan = folder.read_plan(root)
-        if args.space or args.task:
-            wanted = find_space(args.space, args.task) if args.space else f"{args.task}/"
-            if not plan.space.startswith(wanted):
-                raise ConfigError(f"{folder.path} belongs to a sweep of space {plan.space!r}, not {wanted!r}; leave out --space")
-    else:
-        plan = new_plan(args, root)
-        folder = SweepFolder(root / "results" / plan.task / plan.name)
-        check_free(folder, space=plan.space, root=root)
-    check_plan(plan, asks_hub=not args.dry_run)
-    check_schedule(plan)
-    check_search(plan)
-    return plan, folder
-
-
-def root_of(args: argparse.Namespace) -> Path:
-    """The artifact root: of the flag, else of the environment, else `artifacts`."""
-    return Path(args.storage_path or os.environ.get("ARTIFACT_ROOT", "").strip() or "artifacts").expanduser()
-
-
-def new_plan(args: argparse.Namespace, root: Path) -> Plan:
-    """Make the plan of the space that the flags and the environment name.
-
-    Raises:
-        ConfigError: there is no such space, or a setting does not fit.
-    """
-    space = load_space(find_space(args.space or (None if args.task else DEFAULT_SPACE), args.task))
-    environment = read_environment(os.environ, modality=str(space.base.get("modality", "vision")))
-    for line in environment.warnings:
-        print(f"warning: {line}", file=sys.stderr)
-    below = [f"{key}={value}" for key, value in environment.settings.items() if key not in ("artifact_root", "ray_address")]
-    seeds = [f"seed={args.seeds}"] if args.seeds is not None else []
-    if seeds and (twice := [each for each in args.set if each.split("=")[0].strip() == "seed"]):
-        raise ConfigError(f"--seeds {args.seeds} and --set {twice[-1]} say the same twice; give one")
-    overrides = read_overrides([*below, *args.set, *seeds])
-    return make_plan(
-        space,
-        name=args.name or f"{space.sweep}-{time.strftime('%Y%m%d-%H%M%S')}",
-        overrides=overrides,
-        root=root,
-        scale=args.scale or FULL,
-        search=search_settings(args, space),
-        with_reference=wants_references(args, space, overrides.get("model_name", ())),
-    )
+    from launch.words import Words
 
 
 def run(
-    plan: Plan,
-    folder: SweepFolder,
+    prepared: Prepared,
     *,
     slots: Slots,
     machine: Machine,
-    is_new: bool,
-    dashboard: bool = False,
-    fit_gpus: bool = False,
-    n_probe: int | None = None,
-    prune_infeasible: bool = False,
+    words: Words,
+    signals: Signals,
+    is_joined: bool = False,
+    **more: Any,
 ) -> int:
-    """Run a checked plan; returns the exit code. The last arguments are those of `launch.runner.run_sweep`."""
-    from rich.console import Console
-
-    from hamu.cli.ray_environment import prepare_environment
-    from launch.words import Words
-
-    words, signals = Words(Console(file=sys.stdout)), Signals()
-    with folder.lease():
-        if is_new:
-            check_free(folder, space=plan.space, root=plan.root)
-            folder.start(plan)
-        prepare_environment(_ROOT)
+    """Run what was prepared; returns the exit code. more: of `launch.runner.run_sweep`."""
+    plan, folder = prepared.plan, prepared.folder
+    with folder.lease(None if prepared.part is None else prepared.part.name, say=words.say) as lease:
+        prepared.write_plan()
         left = left_words(plan, standing(plan, folder.rows()))
-        words.say(f"sweep {plan.name}: {plan.space}, {left}, {slots.describe()}; {folder.path}")
+        of_part = "" if prepared.part is None else f", part {prepared.part.index} of {prepared.part.count}"
+        words.say(f"sweep {plan.name}: {plan.space}{of_part}, {left}, {slots.describe()}; {shown(folder.path)}")
         for line in (*said_once(plan), *([slots.warning] if slots.warning else [])):
             print(f"warning: {line}", file=sys.stderr)
         try:
@@ -134,12 +82,12 @@ def run(
                 from launch.runner import run_sweep
 
                 summary = run_sweep(
-                    plan, folder, slots=slots, machine=machine, words=words, signals=signals, dashboard=dashboard,
-                    fit_gpus=fit_gpus, n_probe=n_probe, prune_infeasible=prune_infeasible,
+                    plan, folder, slots=slots, machine=machine, words=words, signals=signals, is_joined=is_joined, lease=lease,
+                    whole=prepared.whole, part=prepared.part, **more,
                 )  # fmt: skip
         except HamuError:
-            if is_new and not folder.rows():
-                shutil.rmtree(folder.path)  # nothing has run, and the plan cannot be mended: its name is free again
+            if prepared.is_new and prepared.part is None and not folder.rows():
+                remove(folder.path)  # nothing has run, and the plan cannot be mended: its name is free again
             raise
         except Interrupted as interrupted:
             folder.write_trials()
@@ -160,19 +108,97 @@ def run(
     return 1 if failed else 0
 
 
-def _probe(plan: Plan, *, slots: Slots, machine: Machine, n_probe: int | None) -> None:
-    """Measure what the first gradients allow, and say it; trains the originals that are missing, and writes no results."""
+@contextlib.contextmanager
+def machine_for(prepared: Prepared, place: Place, words: Words) -> Iterator[Machine]:
+    """What the trials run on: this machine, or the cluster that is joined here and left at the end.
+
+    Raises:
+        ConfigError: the cluster cannot be joined, or does not share the artifact root.
+    """
+    prepare_environment(_ROOT, joins_cluster=place.is_joined)
+    if not place.is_joined:
+        yield machine_of_plan(place)
+        return
+    from hamu.hub import offline_environment
+    from launch.joining import joined, prove_root
+
+    offline = offline_environment() if any(map(is_on_hub, prepared.plan.configs.values())) else {}
+    with joined(place, repository=_ROOT, words=words, offline=offline) as machine:
+        prove_root(prepared.plan.root, words)
+        yield machine
+
+
+def machine_of_plan(place: Place) -> Machine:
+    """What a sweep is planned for without contacting anything: as a cluster file says, else this machine."""
+    if place.cluster is None or place.cluster.is_this_machine:
+        return this_machine(os.environ)
+    return cluster_machine(place.cluster)
+
+
+def slots_for(args: argparse.Namespace, prepared: Prepared, place: Place, machine: Machine) -> tuple[Slots, bool]:
+    """How many trials at once, on what, and whether their memory is to decide how many share a GPU.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    pairing, cluster = pairing_of(prepared.plan), place.cluster
+    share, fit_gpus = gpu_share(args, pairing)
+    if cluster is not None:
+        check_asks(cluster, pairing, AUTO if fit_gpus else None if share is None else share / pairing.n_workers)
+    slots = choose_slots(
+        machine, n_trials=prepared.plan.n_to_run, max_concurrent=args.max_concurrent, gpus=share, pairing=pairing,
+        shares_gpus=fit_gpus,
+    )  # fmt: skip
+    if cluster is not None:
+        slots = with_cores(slots, machine, cluster.settings.cpus_per_worker)
+    return slots, fit_gpus
+
+
+def _dry_run(args: argparse.Namespace, prepared: Prepared, place: Place) -> int:
+    """Print what would run, and where; measure what the gradients allow, if that is asked for."""
+    plan, folder, machine = prepared.plan, prepared.folder, machine_of_plan(place)
+    slots, _ = slots_for(args, prepared, place, machine)
+    if place.cluster is not None:
+        from launch.cluster_text import cluster_text
+
+        print(cluster_text(place.cluster, plan=plan, slots=slots) + "\n")
+    stand = standing(plan, folder.rows())
+    print(plan_text(plan, machine=machine, slots=slots, folder=shown(folder.path), stand=stand))
+    for line in missing_models(plan):
+        print(f"warning: {line}; fetch it first, with --fetch", file=sys.stderr)
+    if args.probe is not None or args.prune_infeasible:
+        from rich.console import Console
+
+        from launch.words import Words
+
+        prepare_environment(_ROOT)
+        words, signals = Words(Console(file=sys.stdout)), Signals()
+        with signals.taken():
+            from launch.runner import probe_sweep
+
+            probe_sweep(plan, slots=slots, machine=machine, words=words, signals=signals, n_probe=args.probe)
+        print(f"\ntrials: {plan.n_to_run}")
+    return 0
+
+
+def _run(args: argparse.Namespace, prepared: Prepared, place: Place) -> int:
     from rich.console import Console
 
-    from hamu.cli.ray_environment import prepare_environment
     from launch.words import Words
 
-    prepare_environment(_ROOT)
     words, signals = Words(Console(file=sys.stdout)), Signals()
-    with signals.taken():
-        from launch.runner import probe_sweep
 
-        probe_sweep(plan, slots=slots, machine=machine, words=words, signals=signals, n_probe=n_probe)
+    def wait(line: str) -> None:
+        words.say(line)
+        signals.check()
+
+    files.on_wait(wait)
+    with machine_for(prepared, place, words) as machine:
+        slots, fit_gpus = slots_for(args, prepared, place, machine)
+        return run(
+            prepared, slots=slots, machine=machine, words=words, signals=signals, is_joined=place.is_joined,
+            dashboard=args.dashboard, fit_gpus=fit_gpus, n_probe=args.probe, prune_infeasible=args.prune_infeasible,
+        )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -186,30 +212,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 find_space(None, args.task)
             print(spaces_text(load_space(name) for name in names))
             return 0
+        place = find_place(args, os.environ)
+        if place.cluster is not None:
+            if not args.dry_run:
+                check_filled_in(place.cluster)
+            take_settings(args, place.cluster, os.environ)
         if args.fetch:
             from hamu.cli.fetch import fetch_for
 
-            return fetch_for(new_plan(args, root_of(args)).configs.values(), say=print)
-        plan, folder = prepare(args)
-        machine, pairing = this_machine(os.environ), pairing_of(plan)
-        share, fit_gpus = gpu_share(args, pairing)
-        slots = choose_slots(
-            machine, n_trials=plan.n_to_run, max_concurrent=args.max_concurrent, gpus=share, pairing=pairing, shares_gpus=fit_gpus
-        )
-        hardness = {"n_probe": args.probe, "prune_infeasible": args.prune_infeasible}
-        if args.dry_run:
-            stand = standing(plan, folder.rows())
-            print(plan_text(plan, machine=machine, slots=slots, folder=str(folder.path), stand=stand))
-            for line in missing_models(plan):
-                print(f"warning: {line}; fetch it first, with --fetch", file=sys.stderr)
-            if args.probe is not None or args.prune_infeasible:
-                _probe(plan, slots=slots, machine=machine, n_probe=args.probe)
-                print(f"\ntrials: {plan.n_to_run}")
-            return 0
-        is_new = args.resume is None
-        return run(
-            plan, folder, slots=slots, machine=machine, is_new=is_new, dashboard=args.dashboard, fit_gpus=fit_gpus, **hardness
-        )
+            return fetch_for(new_plan(args, root_of(args, os.environ, place.cluster)).configs.values(), say=print)
+        prepared = prepare(args, place)
+        return _dry_run(args, prepared, place) if args.dry_run else _run(args, prepared, place)
     except HamuError as error:
         if "--debug" in argv:
             traceback.print_exc()

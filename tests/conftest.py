@@ -30,6 +30,8 @@ SETTING_NAMES = (
     "BATCH_SIZE",
     "NUM_TRAIN_EPOCHS",
     "RAY_ADDRESS",
+    "RAY_JOB_CONFIG_JSON_ENV_VAR",
+    "RAY_AUTH_TOKEN_PATH",
 )
 
 # Set before any library is imported, since they are read at import.

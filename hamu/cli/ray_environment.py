@@ -52,6 +52,11 @@ def temporary_folder() -> Path:
     return folder
 
 
+def worker_environment() -> dict[str, str]:
+    """What processes of a cluster that is joined are given: they do not inherit it, as those of a Ray of our own do."""
+    return {**_SETTINGS, **RAY_TRAIN_SETTINGS}
+
+
 def prepare_environment(root: Path, *, joins_cluster: bool = False) -> None:
     """Set what Ray reads; call it before the first `import ray`. What the user has set stays, unless it would join a cluster
     that no flag names.

@@ -81,6 +81,11 @@ class RunConfig:
             raise ConfigError(
                 f"device must be cpu, cuda or cuda:<n>, got {self.device!r}; leave it out for a GPU if there is one"
             )
+        if "://" in self.artifact_root:
+            raise ConfigError(
+                f"artifact_root {self.artifact_root!r} is a URL, and a single run writes into a folder; give one, or run it as a "
+                "sweep: launch/sweep.py --storage-path takes URLs"
+            )
         _expand(self, "model_name", "output_dir", "final_model_output_dir", "artifact_root")
 
 

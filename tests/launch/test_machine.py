@@ -193,3 +193,34 @@ def test_processes_that_share_a_gpu_are_capped_below_their_share_and_others_are_
     assert memory_cap(choose_slots(here, n_trials=9), here) is None
     assert memory_cap(choose_slots(here, n_trials=9, gpus=0), here) is None
     assert memory_cap(choose_slots(gpu_machine(gpus=2), n_trials=9, pairing=SPLIT), here) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "count", "cpus"),
+    [
+        (((96, 8), (96, 8)), 1.0, 16, 12),  # two boxes of eight
+        (((8, 0), (96, 8)), 1.0, 8, 12),  # a head without a GPU
+        (((16, 3), (16, 3)), 2.0, 2, 16),  # the two GPUs of a trial are on one node: a third of each box is of no use
+        (((8, 1), (4, 1)), 0.5, 4, 2),  # the node with fewer cores beside its GPU decides
+    ],
+)
+def test_a_sequential_trial_fits_on_one_node_of_a_cluster(
+    nodes: tuple[tuple[int, int], ...], gpus: float, count: int, cpus: int
+) -> None:
+    slots = choose_slots(cluster_of(nodes), n_trials=100, gpus=gpus)
+    assert (slots.count, slots.cpus_per_trial) == (count, cpus)
+
+
+def test_a_split_trial_may_span_nodes() -> None:
+    slots = choose_slots(cluster_of(((12, 1), (12, 1))), n_trials=100, pairing=Pairing(n_workers=2))
+    assert (slots.count, slots.cpus_per_worker, slots.gpus_per_worker, slots.backend) == (1, 12, 1, "nccl")
+
+
+def test_a_trial_whose_gpus_no_node_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the cluster shows 2 GPUs on 2 nodes"):
+        choose_slots(cluster_of(((12, 1), (12, 1))), n_trials=4, gpus=2)
+
+
+def cluster_of(nodes: tuple[tuple[int, int], ...]) -> Machine:
+    cpus, gpus = (sum(each[i] for each in nodes) for i in (0, 1))
+    return Machine(cpus=cpus, cpu_name="nodes", memory_bytes=2**40, gpus=gpus, nodes=nodes)

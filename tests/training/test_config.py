@@ -132,6 +132,7 @@ def test_radius_is_the_lr_radius_unless_fixed():
         ({"backend": "mpi"}, "unknown backend 'mpi'"),
         ({"ddp_timeout": 0}, "ddp_timeout must be > 0"),
         ({"ray_address": "10.0.0.1"}, "ray_address must be auto or host:port, got '10.0.0.1'"),
+        ({"artifact_root": "s3://bucket/hamu"}, "is a URL, and a single run writes into a folder"),
         ({"fp16": True, "bf16": True}, "give one"),
         ({"forget_dataset_name": "other"}, "forget_dataset_name 'other' differs"),
         ({"add_lora": True}, "add_lora is for text"),
