@@ -20,6 +20,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+_LAST_S = 2.0
 _ANSWER_WITHIN_S = 60.0  # a question of a slot that has died does not stay for ever
 
 
@@ -103,6 +104,12 @@ class Notices:
         self._hear()
         lines, self._lines = self._lines, []
         return lines
+
+    def last_lines(self) -> list[str]:
+        """What the slots have said up to now, for the end of a sweep: waits two seconds at most."""
+        with contextlib.suppress(ray.exceptions.RayError):  # the actor has died, or cannot be reached
+            self._lines += ray.get(self.actor.said.remote(), timeout=_LAST_S)[1]
+        return self.lines()
 
     def _post(self, notice: Notice) -> None:
         self._posted = notice

@@ -244,5 +244,8 @@ def _run_trials(
             )  # fmt: skip
         except _LeaseLost as lost:
             raise lost.args[0] from None
+        finally:
+            for line in ready.notices.last_lines():
+                board.say(line)
     if proposals is not None:
         say_how(ended=proposals.ended, n_proposed=proposals.n_given)
