@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hamu.cli.security import without_secrets
 from hamu.storage import mount
 from hamu.storage.files import CorruptError, read_json, write_json
 
@@ -58,7 +59,7 @@ class Attempts:
         with self._changed() as attempts:
             is_news = bool(attempts) and attempts[-1]["error"] is None
             if is_news:
-                attempts[-1]["error"] = error[:2000]
+                attempts[-1]["error"] = without_secrets(error)[:2000]
             return is_news
 
     def close(self) -> None:

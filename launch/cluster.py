@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hamu.cli.security import is_loopback
 from hamu.errors import ConfigError
 from launch.cluster_settings import ClusterSettings, NodeFacts, check_storage, read_settings
 from launch.cluster_yaml import ask_ray, check_schema, load_yaml, refusal, settings_path
@@ -21,7 +22,6 @@ from launch.kuberay import is_kubernetes, read_rayjob
 from launch.launcher_checks import RAY_PORT, check_launcher, filled_resources, instance_name, max_workers
 from launch.machine import Machine, Slots, this_machine
 from launch.node_types import node_type
-from launch.security import is_loopback
 
 AUTO = "auto"
 DASHBOARD = "http://127.0.0.1:8265"

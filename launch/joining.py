@@ -14,12 +14,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hamu.cli.ray_environment import temporary_folder, worker_environment
+from hamu.cli.security import check_token
 from hamu.errors import ConfigError
 from hamu.storage.mount import fetch, is_url, mount, publish, remove, shown, url_of
-from hamu.training.ray_workers import check_address
+from hamu.training.ray_workers import check_address, found_address
 from launch.machine import Machine
-from launch.place import AUTO, Place
-from launch.security import check_token
+from launch.place import Place
 from launch.words import Words
 from launch.working_dir import staged
 
@@ -43,7 +43,8 @@ def joined(place: Place, *, repository: Path, words: Words, offline: Mapping[str
         ConfigError: nothing answers there, or too few nodes come.
     """
     assert place.address is not None
-    address = _found(place.address)
+    address = found_address(place.address)
+    check_token(address, os.environ, Path.home())
     check_address(address)
     of_cluster = dict(place.cluster.settings.environment) if place.cluster is not None else {}
     with contextlib.ExitStack() as stack:
@@ -65,27 +66,6 @@ def joined(place: Place, *, repository: Path, words: Words, offline: Mapping[str
         if place.n_nodes is not None:
             _wait_for_nodes(place.n_nodes, words)
         yield machine_of(alive_nodes())
-
-
-def _found(address: str) -> str:
-    """`host:port` of the cluster that "auto" stands for: the one that this machine is a node of.
-
-    Raises:
-        ConfigError: there is none, or several; or others reach it, and it asks for no token.
-    """
-    if address != AUTO:
-        return address
-    from ray._private.services import find_gcs_addresses
-
-    found = sorted(find_gcs_addresses())
-    if len(found) != 1:
-        which = ", ".join(found) if found else "none"
-        raise ConfigError(
-            f"--address auto: Ray clusters that run on this machine: {which}; give --address host:port of the one to join, or "
-            "start one with `ray start --head`"
-        )
-    check_token(found[0], os.environ, Path.home())
-    return found[0]
 
 
 def alive_nodes() -> list[dict[str, Any]]:

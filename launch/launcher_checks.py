@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hamu.cli.security import is_loopback
 from launch.cluster_yaml import nearest, refusal
 from launch.node_types import node_type
-from launch.security import is_loopback
 
 RAY_PORT = 6379
 MOST_NODES = 10_000

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hamu.cli.ray_environment import temporary_folder
+from hamu.cli.security import check_token, keep_secret, read_secrets
 from hamu.errors import ConfigError
 from hamu.storage.mount import is_url, mount, shown
 from hamu.training.inputs import is_local_path
 from launch.cluster import Cluster, read_cluster
 from launch.plan import Plan
-from launch.security import check_token, read_secrets
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the entrypoint of a submitted job."""
@@ -133,5 +133,7 @@ def take_settings(args: argparse.Namespace, cluster: Cluster, environment: Mutab
     for name, value in settings.environment.items():
         environment.setdefault(name, value)
     if settings.secrets_file is not None and not args.dry_run:
-        for name, value in read_secrets(Path(settings.secrets_file)).items():
+        secrets = read_secrets(Path(settings.secrets_file))
+        keep_secret(secrets)
+        for name, value in secrets.items():
             environment.setdefault(name, value)

@@ -32,13 +32,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hamu.cli.security import check_owner
 from hamu.errors import ConfigError, CorruptError, DataError, LeaseError, unknown
 from hamu.storage import files, mount
 from hamu.storage.files import write_json
 from hamu.storage.lease import Lease, holder_of
 from hamu.training.records import TRIAL_SCHEMA, write_trials
 from launch.plan import Plan
-from launch.security import check_owner
 from launch.standing import has_ended, standing
 
 __all__ = ["PLAN", "TRIAL_PATIENCE_S", "SweepFolder", "check_free", "find_sweep", "trial_lock", "write_json"]

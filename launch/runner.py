@@ -12,6 +12,7 @@ from typing import Any
 
 from ray import tune
 
+from hamu.cli.security import secret_names
 from hamu.errors import LeaseError
 from hamu.storage.lease import Lease
 from hamu.storage.mount import url_of
@@ -220,6 +221,7 @@ def _run_trials(
         gpu_share=memory_cap(slots, around.machine),
         retain_references=provided.references.folders(),
         notices=ready.notices.actor,
+        secret_names=secret_names(),
         scratch=_scratch(folder) if len(around.machine.nodes) > 1 else "",
     )
     board_of = Board(plan, around.words.console, n_ended=stand.n_ended, n_trials=stand.n_total)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hamu.cli.security import without_secrets
 from hamu.training.config import TrainConfig
 from hamu.training.ray_workers import WorkerSettings
 from hamu.training.record_columns import identity_of
@@ -39,7 +40,7 @@ class Shared:
     GPU's memory that the slot's process may take; None: no cap. retain_references: folders of the retain-only models that are
     ready, by `PlannedTrial.reference`. scratch: a folder or URL for Ray's own files that all nodes see; "": Ray has one node, and
     they lie in its temporary folder. notices: the actor of the driver's `Notices`, if it has them. save_every_s: seconds after
-    which a running trial is saved, whatever its save_strategy.
+    which a running trial is saved, whatever its save_strategy. secret_names: variables whose values are written nowhere.
     """
 
     plan: Plan
@@ -55,6 +56,7 @@ class Shared:
     scratch: str = ""
     notices: Any = None
     save_every_s: float = 60.0
+    secret_names: tuple[str, ...] = ()
 
 
 def identity(plan: Plan, trial: PlannedTrial, config: TrainConfig | None = None) -> dict[str, Any]:
@@ -66,4 +68,4 @@ def identity(plan: Plan, trial: PlannedTrial, config: TrainConfig | None = None)
 def failed_row(plan: Plan, trial: PlannedTrial, error: str, config: TrainConfig | None = None) -> dict[str, Any]:
     """The row of a trial that could not be run to its end; its times are the caller's to add."""
     settings = json.dumps(dict(trial.config))
-    return {**identity(plan, trial, config), "status": "failed", "error": error[:2000], "config": settings}
+    return {**identity(plan, trial, config), "status": "failed", "error": without_secrets(error)[:2000], "config": settings}

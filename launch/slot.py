@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from hamu.cli.security import keep_secret
 from hamu.errors import CheckpointError, CorruptError, LeaseError
 from hamu.training.artifacts import make_record, start_model_of
 from hamu.training.groups import Group, is_partner_gone
@@ -74,6 +75,7 @@ class Slot:
     ) -> None:
         torch.set_num_threads(shared.n_threads)
         keep_freed_memory()
+        keep_secret({name: os.environ[name] for name in shared.secret_names if name in os.environ})
         self._shared, self._group = shared, group or Group.alone(device or shared.device)
         self._device = self._group.device
         self._is_first = self._group.is_first

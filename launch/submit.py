@@ -40,10 +40,10 @@ _ROOT = Path(__file__).resolve().parents[1]
 # As a script, Python puts launch/ first on the path: its modules would hide others of their names.
 sys.path[:] = [str(_ROOT), *(entry for entry in sys.path if Path(entry or ".").resolve() not in (_ROOT, _ROOT / "launch"))]
 
+from hamu.cli.security import MODE, check_dashboard, check_token, find_token  # noqa: E402
 from hamu.errors import ConfigError, HamuError, unknown  # noqa: E402
 from launch.cluster import Cluster, read_cluster  # noqa: E402
 from launch.cluster_checks import check_filled_in  # noqa: E402
-from launch.security import MODE, check_dashboard, check_token, find_token  # noqa: E402
 from launch.submit_checks import Asked, check_sweep  # noqa: E402
 from launch.working_dir import cluster_in_job, measure, megabytes, staged  # noqa: E402
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hamu.cli.security import without_secrets
 from hamu.storage import mount
 from hamu.storage.files import patiently, set_aside, write_json
 from hamu.storage.lease import Lease
@@ -112,7 +113,7 @@ class TrialFolder:
     def write_trace(self, trace: str) -> None:
         """Keep what went wrong, for whoever looks into it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "error.txt").write_text(trace)
+        (self.path / "error.txt").write_text(without_secrets(trace))
         mount.publish(self.path / "error.txt")
 
     def abandon(self, error: Exception | None = None, text: str = "") -> None:

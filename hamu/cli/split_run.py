@@ -14,6 +14,7 @@ from typing import Any
 
 import hamu
 from hamu.cli.ray_environment import prepare_environment, ray_folder, usable_cores
+from hamu.cli.security import check_token
 from hamu.errors import ConfigError, HamuError
 from hamu.training.config import TrainConfig
 from hamu.training.progress import ProgressLine
@@ -24,6 +25,7 @@ from hamu.training.ray_workers import (
     check_address,
     check_workers,
     cluster_size,
+    found_address,
     joined_ray,
     local_ray,
 )
@@ -89,6 +91,8 @@ def run_split(
             cpus, gpus = usable_cores(), _n_gpus(config)
             stack.enter_context(local_ray(cpus=cpus, gpus=gpus, shared_bytes=0, dashboard=False, folder=folder))
         else:
+            address = found_address(address)
+            check_token(address, os.environ, Path.home())
             stack.enter_context(joined_ray(address))
             folder = Path(config.run.artifact_root).resolve()  # one that all nodes see
         on_ray()  # also lets a signal end this process while the workers are being started
@@ -119,7 +123,8 @@ def run_split(
 
 
 def check_place(config: TrainConfig) -> None:
-    """Refuse a run for which this machine has too few GPUs or cores, or at whose cluster's address nobody answers.
+    """Refuse a run for which this machine has too few GPUs or cores, or at whose cluster's address nobody answers, or asks for no
+    token though others reach it.
 
     Raises:
         ConfigError: as said; before Ray is imported.
@@ -127,6 +132,8 @@ def check_place(config: TrainConfig) -> None:
     if config.run.ray_address is None:
         _settings(config, n_cpus=usable_cores(), n_gpus=_n_gpus(config))
     else:
+        if config.run.ray_address != "auto":
+            check_token(config.run.ray_address, os.environ, Path.home())
         check_address(config.run.ray_address)
 
 

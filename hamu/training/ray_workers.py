@@ -263,11 +263,31 @@ def cluster_size() -> tuple[int, int]:
     return int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
 
 
+def found_address(address: str) -> str:
+    """`host:port` of the cluster that an address names; "auto": the one that this machine is a node of.
+
+    Raises:
+        ConfigError: there is none here, or several.
+    """
+    if address != "auto":
+        return address
+    from ray._private.services import find_gcs_addresses
+
+    found = sorted(find_gcs_addresses())
+    if len(found) != 1:
+        which = ", ".join(found) if found else "none"
+        raise ConfigError(
+            f"address auto: Ray clusters that run on this machine: {which}; give host:port of the one to join, or start one with "
+            "`ray start --head`"
+        )
+    return found[0]
+
+
 def check_address(address: str) -> None:
     """Refuse a named address where nobody answers: Ray itself would try for minutes, and then end the process.
 
     Args:
-        address: `host:port` of a cluster's head, or "auto" on one of its machines, where Ray looks itself.
+        address: `host:port` of a cluster's head, or "auto", which `found_address` looks for.
 
     Raises:
         ConfigError: nothing answers there within five seconds.

@@ -26,6 +26,7 @@ _MEND = "run `ray get-auth-token --generate` once, give every node that file (mo
 _LEAST = 4  # characters of a secret: replacing shorter ones would make nonsense of a log
 _ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=(.*)", re.DOTALL)
 _TIMEOUT_S = 10.0
+_KEPT: dict[str, str] = {}
 
 
 class Secrets(Mapping[str, str]):
@@ -189,6 +190,21 @@ def redact(text: str, secrets: Mapping[str, str]) -> str:
     for form in sorted(forms, key=len, reverse=True):  # a secret that holds another one goes first
         text = text.replace(form, REDACTED)
     return text
+
+
+def keep_secret(secrets: Mapping[str, str]) -> None:
+    """Have `without_secrets` hide these values from now on, in this process."""
+    _KEPT.update(secrets)
+
+
+def secret_names() -> tuple[str, ...]:
+    """Names of what `keep_secret` was given."""
+    return tuple(_KEPT)
+
+
+def without_secrets(text: str) -> str:
+    """The text as it may be written down: with what `keep_secret` was given replaced."""
+    return redact(text, _KEPT)
 
 
 def _private_text(path: Path, what: str) -> str:

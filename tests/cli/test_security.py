@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hamu.cli.security import Secrets, check_dashboard, check_owner, check_token, find_token, is_loopback, read_secrets, redact
 from hamu.errors import ConfigError
-from launch.security import Secrets, check_dashboard, check_owner, check_token, find_token, is_loopback, read_secrets, redact
 
 SECRET = "s3cret/value+1"
 NOBODY = 65534
