@@ -7,6 +7,9 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 EXTRAS := test,dev,search
+# Tests that start no Ray run side by side, a file in one process; JOBS=0 runs them one after another.
+JOBS := logical
+SIDE_BY_SIDE := -n $(JOBS) --maxprocesses 4 --dist loadfile
 ARGS :=
 
 .PHONY: help venv sweep test test-all test-gpu soak lint format bench bench-text
@@ -18,10 +21,13 @@ sweep: $(STAMP) ## run a sweep: with no ARGS a small real one on this machine
 	$(PYTHON) launch/sweep.py $(ARGS)
 
 test: $(STAMP) ## the fast tests, under 90 s on 2 cores
-	$(PYTHON) -m pytest -m "not slow and not ray and not gpu and not soak" $(ARGS)
+	$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not slow and not ray and not gpu and not soak" $(ARGS)
 
 test-all: $(STAMP) ## every test that a machine without a GPU can run, except the soak tests
-	$(PYTHON) -m pytest -m "not gpu and not soak" $(ARGS)
+	@first=0; second=0; \
+	$(PYTHON) -m pytest $(SIDE_BY_SIDE) -m "not ray and not gpu and not soak" $(ARGS) || first=$$?; \
+	$(PYTHON) -m pytest -m "ray and not gpu and not soak" $(ARGS) || second=$$?; \
+	if [ $$first$$second = 05 ] || [ $$first$$second = 50 ]; then exit 0; fi; exit $$(( first ? first : second ))
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(PYTHON) -m pytest -m "gpu" $(ARGS)
