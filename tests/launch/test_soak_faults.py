@@ -287,8 +287,8 @@ def quiet(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Quiet:
 
 
 @pytest.fixture(scope="module")
-def rows(repo_root: Path) -> Iterator[dict[str, str]]:
-    """Rows of the table by fault; those that were not run now are kept as they stand in the file."""
+def rows(repo_root: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """Rows of the table by fault, which is written and printed; those that were not run now are kept as they stand there."""
     path = repo_root / "tests" / "benchmarks" / "results" / "faults.md"
     found: dict[str, str] = {}
     if path.exists():
@@ -306,7 +306,9 @@ def rows(repo_root: Path) -> Iterator[dict[str, str]]:
         f"| {' | '.join(HEADINGS)} |",
         "|" + "---|" * len(HEADINGS),
     ]
-    path.write_text("\n".join([*head, *(found[name] for name in FAULTS if name in found)]) + "\n")
+    text = "\n".join([*head, *(found[name] for name in FAULTS if name in found)]) + "\n"
+    path.write_text(text)
+    request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{text}")
 
 
 @pytest.fixture
