@@ -59,7 +59,7 @@ def extended(plan: Plan, overrides: Mapping[str, tuple[Any, ...]]) -> Plan:
         overrides: as of `make_plan`; they go on top of those that the sweep began with.
 
     Raises:
-        ConfigError: there is no such space any more, a setting does not fit, or nothing is new.
+        ConfigError: there is no such space any more, or a setting does not fit.
     """
     space = load_space(plan.space)
     sets: list[Mapping[str, tuple[Any, ...]]] = [plan.overrides, *plan.extensions]
@@ -74,11 +74,6 @@ def extended(plan: Plan, overrides: Mapping[str, tuple[Any, ...]]) -> Plan:
         new = [trial for trial in more.trials if key_of(trial.trial_id) not in known]
         known |= {key_of(trial.trial_id) for trial in new}
         grown = _with(grown, more, new)
-    if len(grown.trials) == len(plan.trials) and not changes_of(plan).gone:
-        raise ConfigError(
-            f"--extend: sweep {plan.name!r} has all {len(plan.trials)} trials of {plan.space!r} already; give --set with values "
-            "that it has not tried, or leave --extend out"
-        )
     grown = replace(grown, extensions=tuple(sets[1:]))
     return replace(grown, gone=(*plan.gone, *changes_of(grown).gone))
 

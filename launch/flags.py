@@ -21,7 +21,7 @@ from tune_spaces.space import Space
 
 DEFAULT_SPACE = "digits/quickstart"
 AUTO = "auto"
-_OF_EXTENSION = ("set", "seeds")
+_OF_EXTENSION = ("set", "seeds", "trials")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 _NONE = "none"
 

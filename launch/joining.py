@@ -18,18 +18,21 @@ from hamu.cli.security import check_token
 from hamu.errors import ConfigError
 from hamu.storage.mount import fetch, is_url, mount, publish, remove, shown, url_of
 from hamu.training.ray_workers import check_address, found_address
+from launch.cluster import Cluster, cluster_machine
 from launch.machine import Machine
 from launch.place import Place
 from launch.words import Words
 from launch.working_dir import staged
 
 _PROOF_S = 120.0
+_MOST_NODES = 1000  # of a group without a limit
 _NODES_S = 1800.0
 
 
 @contextlib.contextmanager
 def joined(place: Place, *, repository: Path, words: Words, offline: Mapping[str, str]) -> Iterator[Machine]:
-    """Join a cluster, wait for as many nodes as were asked for, give what they have, and leave it running.
+    """Join a cluster, wait for as many nodes as were asked for, give what they have (or what there can be, where nodes are
+    added when they are asked for), and leave it running.
 
     The cluster's processes get this repository's code: from the job that this is, else sent along.
 
@@ -65,7 +68,8 @@ def joined(place: Place, *, repository: Path, words: Words, offline: Mapping[str
         stack.callback(ray.shutdown)
         if place.n_nodes is not None:
             _wait_for_nodes(place.n_nodes, words)
-        yield machine_of(alive_nodes())
+        live = machine_of(alive_nodes())
+        yield largest(live, *_said_by(place.cluster), *_announced())
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -86,6 +90,36 @@ def machine_of(nodes: list[dict[str, Any]]) -> Machine:
         gpu_name=", ".join(kinds) or None,
         nodes=parts,
     )
+
+
+def largest(live: Machine, *planned: Machine) -> Machine:
+    """What to plan for: what a cluster can grow to, where it grows with what is asked of it, else what it has.
+
+    Args:
+        live: of the nodes that are there.
+        planned: what a cluster file, or Ray's own record of it, says that there can be.
+    """
+    for machine in planned:
+        if (machine.gpus, machine.cpus) > (live.gpus, live.cpus):
+            return machine
+    return live
+
+
+def _said_by(cluster: Cluster | None) -> list[Machine]:
+    """What a cluster file says that there can be; nothing where it has no nodes to add."""
+    if cluster is None or cluster.is_this_machine or cluster.n_nodes.minimum == cluster.n_nodes.maximum:
+        return []
+    return [cluster_machine(cluster)]
+
+
+def _announced() -> list[Machine]:
+    """What the cluster can grow to, as its autoscaler has told Ray; nothing where there is none."""
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    groups = [] if config is None else list(config.node_group_configs)
+    nodes = [{"Resources": dict(group.resources)} for group in groups for _ in range(min(group.max_count, _MOST_NODES))]
+    return [machine_of(nodes)] if nodes else []
 
 
 def prove_root(root: Path, words: Words) -> None:

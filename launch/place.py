@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hamu.cli.ray_environment import temporary_folder
-from hamu.cli.security import check_token, keep_secret, read_secrets
+from hamu.cli.security import check_token, check_url, keep_secret, read_secrets
 from hamu.errors import ConfigError
 from hamu.storage.mount import is_url, mount, shown
 from hamu.training.inputs import is_local_path
@@ -76,10 +76,12 @@ def root_of(args: argparse.Namespace, environment: Mapping[str, str], cluster: C
     A URL becomes its mirror on this machine.
 
     Raises:
-        ConfigError: the store cannot be used.
+        ConfigError: the store cannot be used, or a password stands in the URL.
     """
     of_cluster = cluster.settings.storage_path if cluster is not None else None
     text = args.storage_path or of_cluster or environment.get("ARTIFACT_ROOT", "").strip() or _ROOT
+    if is_url(text):
+        check_url(text)
     # A dry run contacts nothing, a store neither.
     return mount(text, temporary_folder() / "stores", asks_store=not args.dry_run) if is_url(text) else Path(text).expanduser()
 

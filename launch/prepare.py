@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from launch.plan import Plan, make_plan, read_overrides
 from launch.results import SweepFolder, check_free, find_sweep
 from launch.scheduling import check_schedule
 from launch.search_checks import check_search
+from launch.standing import standing
 from tune_spaces.scale import FULL
 from tune_spaces.space import find_space, load_space
 
@@ -33,7 +34,7 @@ class Prepared:
     """What a process is to run.
 
     plan: its trials. whole: those of the sweep, of which a share has some. folder: of the results. part: which share; None: all.
-    is_new: whether the plan has still to be written; is_longer: whether it takes the place of a shorter one.
+    is_new: whether the plan has still to be written. base: the shorter one whose place it takes; None: it takes none.
     """
 
     plan: Plan
@@ -41,7 +42,7 @@ class Prepared:
     folder: SweepFolder
     part: Part | None = None
     is_new: bool = True
-    is_longer: bool = False
+    base: Plan | None = None
 
     def write_plan(self) -> None:
         """Write the plan down, where it is not yet; call it while holding the lease.
@@ -52,11 +53,13 @@ class Prepared:
         if self.part is None:
             if self.is_new:
                 check_free(self.folder, space=self.whole.space, root=self.whole.root)
-            if self.is_new or self.is_longer:
+            elif self.base is not None and self.folder.read_plan(self.whole.root).trials != self.base.trials:
+                raise ConfigError(f"sweep {self.whole.name!r} was extended by another process just now; give the command again")
+            if self.is_new or self.base is not None:
                 self.folder.start(self.whole)
             return
         with Lease(self.folder.path, ".lease-start", patience_s=_START_S):  # the shares begin at the same moment
-            if self.folder.plan_path.exists():
+            if self.folder.has_plan():
                 check_same(self.folder.read_plan(self.whole.root), self.whole)
             else:
                 self.folder.start(self.whole)
@@ -73,21 +76,23 @@ def prepare(args: argparse.Namespace, place: Place) -> Prepared:
         check_root(root, place)
     part = read_part(args.part) if args.part is not None else None
     is_new, is_longer = args.resume is None, False
+    base: Plan | None = None
     if args.resume is not None:
         folder = find_sweep(root, args.resume)
         plan = folder.read_plan(root)
         _check_space(args, plan, folder)
         if args.extend:
-            plan, is_longer = extended(plan, overrides_of(args)), True
+            base, plan = plan, _extended(args, plan, folder)
+            is_longer = len(plan.trials) > len(base.trials) or plan.gone != base.gone
         else:
             check_unchanged(plan)
     else:
         plan = new_plan(args, root)
         folder = SweepFolder(root / "results" / plan.task / plan.name)
-        if part is not None and folder.plan_path.exists():
+        if part is not None and folder.has_plan():
             stored, is_new = folder.read_plan(root), False
             check_same(stored, plan)
-            plan = stored
+            plan = stored  # which may have been extended since
         else:
             check_free(folder, space=plan.space, root=root)
     check_plan(plan, asks_hub=not args.dry_run)
@@ -95,7 +100,7 @@ def prepare(args: argparse.Namespace, place: Place) -> Prepared:
     check_schedule(plan)
     check_search(plan)
     own = part.plan(plan) if part is not None else plan
-    return Prepared(plan=own, whole=plan, folder=folder, part=part, is_new=is_new, is_longer=is_longer)
+    return Prepared(plan=own, whole=plan, folder=folder, part=part, is_new=is_new, base=base if is_longer else None)
 
 
 def new_plan(args: argparse.Namespace, root: Path) -> Plan:
@@ -134,17 +139,42 @@ def overrides_of(args: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
 
 
 def check_same(stored: Plan, plan: Plan) -> None:
-    """Refuse a share of a sweep whose folder holds a plan of other trials.
+    """Refuse a share of a sweep whose folder holds a plan that does not begin with these trials.
 
     Raises:
         ConfigError: as said.
     """
-    if [trial.trial_id for trial in stored.trials] != [trial.trial_id for trial in plan.trials] or stored.space != plan.space:
+    begins = [trial.trial_id for trial in stored.trials[: len(plan.trials)]]
+    if begins != [trial.trial_id for trial in plan.trials] or stored.space != plan.space:
         raise ConfigError(
             f"--part: sweep {plan.name!r} has {len(stored.trials)} trials of {stored.space!r}, and the flags give "
             f"{len(plan.trials)} of {plan.space!r} that are not the same; give all shares the same flags, or "
             f"--resume {plan.name}, or another --name"
         )
+
+
+def _extended(args: argparse.Namespace, plan: Plan, folder: SweepFolder) -> Plan:
+    """A plan with its new trials; as it is where there are none and some have still to run, since the command may come twice.
+
+    Raises:
+        ConfigError: nothing is new and nothing is left, or the search may not try more trials.
+    """
+    grown = extended(plan, overrides_of(args))
+    if args.trials is not None:
+        grown = replace(grown, search=replace(grown.search, trials=args.trials))
+    n_new = len(grown.trials) - len(plan.trials)
+    left = standing(grown, folder.rows()).n_left
+    if n_new == 0 and grown.gone == plan.gone and left == 0:
+        raise ConfigError(
+            f"--extend: sweep {plan.name!r} has all {len(plan.trials)} trials of {plan.space!r} already, and all have "
+            "ended; give --set with values that it has not tried"
+        )
+    if n_new and left == 0:
+        raise ConfigError(
+            f"--extend: the search of sweep {plan.name!r} may try {plan.n_to_run} trials, and has; give "
+            "--trials with more than that"
+        )
+    return grown
 
 
 def _check_space(args: argparse.Namespace, plan: Plan, folder: SweepFolder) -> None:

@@ -128,7 +128,7 @@ def _ray_of_our_own(around: Surroundings, *, shared_bytes: int, dashboard: bool)
             address = session.enter_context(starting)
             around.signals.install()  # Ray has taken SIGTERM
             around.signals.check()
-        board_at = f", dashboard at {address}{token_hint()}" if address else ""
+        board_at = f", dashboard at {address}{token_hint(is_terminal=around.words.console.is_terminal)}" if address else ""
         around.words.say(f"Ray started in {time.monotonic() - started:.1f} s{board_at}")
         yield
 

@@ -93,6 +93,11 @@ class SweepFolder:
         self.trials.mkdir(exist_ok=True)
         write_json(self.plan_path, plan.to_json())
 
+    def has_plan(self) -> bool:
+        """Whether a sweep was begun here, by whichever machine."""
+        mount.fetch(self.plan_path)
+        return self.plan_path.exists()
+
     def read_plan(self, root: Path) -> Plan:
         """Read the plan back, with `root` as its artifact root (the folder may have moved).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from ray import tune
 from hamu.cli.security import secret_names
 from hamu.errors import LeaseError
 from hamu.storage.lease import Lease
-from hamu.storage.mount import url_of
+from hamu.storage.mount import shown, url_of
 from launch.attempts import was_begun
 from launch.follow import Follow
 from launch.left_out import without_dropped, without_failed
@@ -173,10 +174,13 @@ def _complete_references(plan: Plan, folder: SweepFolder, around: Surroundings, 
         write_search(folder, view=view_for(plan, folder), ended=open_search(plan, folder).ended)
 
 
-def _scratch(folder: SweepFolder) -> str:
-    """Where Ray's own files lie when it runs on several nodes, which share no other place."""
-    path = (folder.path / ".ray").resolve()
-    return f"{url}/.ray" if (url := url_of(folder.path)) else str(path)
+def _scratch(folder: SweepFolder, run_id: str) -> str:
+    """Where Ray's own files of a run lie when there are several nodes, which share no other place."""
+    name = f".ray-{run_id}"
+    return f"{url}/{name}" if (url := url_of(folder.path)) else str((folder.path / name).resolve())
+
+
+_UNREACHABLE_S = 60.0
 
 
 class _LeaseLost(BaseException):
@@ -209,6 +213,7 @@ def _run_trials(
             return
     if not stand.n_left:
         return
+    run_id = uuid.uuid4().hex[:12]
     shared = Shared(
         plan=plan,
         folder=str(folder.path.resolve()),
@@ -216,23 +221,30 @@ def _run_trials(
         originals=provided.originals,
         device="cuda" if slots.gpus_per_trial else "cpu",
         n_threads=slots.cpus_per_worker,
-        run_id=uuid.uuid4().hex[:12],
+        run_id=run_id,
         workers=worker_settings(slots, pairing_of(plan)),
         gpu_share=memory_cap(slots, around.machine),
         retain_references=provided.references.folders(),
         notices=ready.notices.actor,
         secret_names=secret_names(),
-        scratch=_scratch(folder) if len(around.machine.nodes) > 1 else "",
+        scratch=_scratch(folder, run_id) if len(around.machine.nodes) > 1 else "",
     )
     board_of = Board(plan, around.words.console, n_ended=stand.n_ended, n_trials=stand.n_total)
+
+    unreachable: list[float] = []
 
     def poll() -> None:
         provided.references.poll()
         try:
             if lease is not None:
                 lease.check()
+            unreachable.clear()
         except LeaseError as error:
             raise _LeaseLost(error) from error
+        except OSError as error:  # of a network folder that is away for a moment
+            unreachable.append(time.monotonic())
+            if unreachable[-1] - unreachable[0] > _UNREACHABLE_S:
+                raise _LeaseLost(LeaseError(f"{shown(folder.path)} cannot be reached ({error}); resume when it can")) from error
 
     with Runs(folder.runs_of(None if part is None else part.name)) as runs, board_of as board:
         tell = proposals.tell if proposals else None

@@ -35,7 +35,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(_ROOT), *(entry for entry in sys.path if Path(entry or ".").resolve() not in (_ROOT, _ROOT / "launch"))]
 
 from hamu.cli.ray_environment import prepare_environment  # noqa: E402
-from hamu.errors import HamuError  # noqa: E402
+from hamu.cli.security import without_secrets  # noqa: E402
+from hamu.errors import HamuError, LeaseError  # noqa: E402
 from hamu.storage import files  # noqa: E402
 from hamu.storage.mount import remove, shown  # noqa: E402
 from launch.checks import is_on_hub, missing_models  # noqa: E402
@@ -85,8 +86,10 @@ def run(
                     plan, folder, slots=slots, machine=machine, words=words, signals=signals, is_joined=is_joined, lease=lease,
                     whole=prepared.whole, part=prepared.part, **more,
                 )  # fmt: skip
+        except LeaseError:
+            raise  # the folder is another process's now
         except HamuError:
-            if prepared.is_new and prepared.part is None and not folder.rows():
+            if prepared.is_new and prepared.part is None and not any(folder.trials.iterdir()):
                 remove(folder.path)  # nothing has run, and the plan cannot be mended: its name is free again
             raise
         except Interrupted as interrupted:
@@ -102,7 +105,8 @@ def run(
 
     rows = folder.write_trials()
     print("\n" + summary_text(summary, rows, folder.report))
-    failed = summary["trials"]["failed"]
+    own = {trial.trial_id for trial in plan.trials}
+    failed = sum(row["status"] == "failed" and row["trial_id"] in own for row in rows)
     if failed:
         print(f"{failed} trials failed; try them again with: {resume_command(plan)}", file=sys.stderr)
     return 1 if failed else 0
@@ -225,16 +229,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dry_run(args, prepared, place) if args.dry_run else _run(args, prepared, place)
     except HamuError as error:
         if "--debug" in argv:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+            print(without_secrets(traceback.format_exc()), file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
         return 128 + interrupted.number
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        traceback.print_exc()
-        print(f"error: the sweep failed: {type(error).__name__}: {error}", file=sys.stderr)
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)
+        print(f"error: the sweep failed: {type(error).__name__}: {without_secrets(str(error))}", file=sys.stderr)
         return 1
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from hamu.cli.security import without_secrets
+
 
 class Words:
     """Says what happens; on a terminal with a spinner for what takes a while."""
@@ -16,7 +18,7 @@ class Words:
 
     def say(self, text: str) -> None:
         """Print a line as it is."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(without_secrets(text), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:

@@ -31,6 +31,7 @@ _SETTINGS = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_task_oom_retries": "2",  # Ray's default tries a task that fills the memory for ever
 }
+_MADE_HERE: set[str] = set()  # tokens
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _MAX_PATH = 107  # of a Unix socket
 _SOCKETS = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
@@ -73,7 +74,7 @@ def prepare_environment(root: Path, *, joins_cluster: bool = False) -> None:
     if not joins_cluster and "RAY_AUTH_MODE" not in os.environ:
         # A token in memory: nobody else can use this Ray, and none is written to the home folder.
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        _MADE_HERE.add(os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32)))
     paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
 
@@ -90,10 +91,17 @@ def ray_folder() -> Iterator[Path]:
             shutil.rmtree(session, ignore_errors=True)
 
 
-def token_hint() -> str:
-    """What a user needs to open the dashboard, to be printed behind its address; empty where it asks for nothing."""
+def token_hint(*, is_terminal: bool) -> str:
+    """What a user needs to open the dashboard, to be printed behind its address; empty where it asks for nothing.
+
+    A token is shown on a terminal only, and only one that was made here for this Ray alone.
+    """
     token = os.environ.get("RAY_AUTH_TOKEN")
-    return f" (it asks for the token {token})" if token and os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    if not token or os.environ.get("RAY_AUTH_MODE") != "token":
+        return ""
+    if is_terminal and token in _MADE_HERE:
+        return f" (it asks for the token {token})"
+    return " (it asks for the token: set RAY_AUTH_MODE=token and a RAY_AUTH_TOKEN of your own before)"
 
 
 def tune_folder() -> Path:

@@ -192,6 +192,20 @@ def redact(text: str, secrets: Mapping[str, str]) -> str:
     return text
 
 
+def check_url(url: str) -> None:
+    """Refuse a URL with a password in it: it would stand in records, in printed commands and in names of folders.
+
+    Raises:
+        ConfigError: as said; the message does not show it.
+    """
+    where = urllib.parse.urlsplit(url)
+    if where.password is not None:
+        raise ConfigError(
+            f"the URL {where.scheme}://...@{where.hostname or ''}{where.path} holds a password; give it without, and the "
+            "credentials as the store's own library reads them (environment, or its own file)"
+        )
+
+
 def keep_secret(secrets: Mapping[str, str]) -> None:
     """Have `without_secrets` hide these values from now on, in this process."""
     _KEPT.update(secrets)

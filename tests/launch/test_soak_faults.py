@@ -286,29 +286,42 @@ def quiet(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Quiet:
     return Quiet(repo_root, tmp_path_factory.mktemp("quiet"))
 
 
+class Table:
+    """The rows by fault, in a file that is written with each one; those that are not run now are kept as they stand there."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: dict[str, str] = {}
+        if path.exists():
+            self._rows = {line.split("|")[1].strip(): line for line in path.read_text().splitlines() if line.startswith("| ")}
+
+    def add(self, fault: str, row: str) -> None:
+        self._rows[fault] = row
+        self._path.write_text(self.text())
+
+    def text(self) -> str:
+        head = [
+            "# Faults",
+            "",
+            f"{time.strftime('%Y-%m-%d')}, {this_machine(os.environ).describe()}; n = 1 each.",
+            "One sweep of 12 trials on digits, CPU, fixed seeds, of 44 steps each, or 22 of split pairs. Two nodes: Ray's, in two",
+            "network namespaces of this machine, a core each. `s more`: than the same sweep undisturbed in the same place, the time",
+            "of the fault included. Table equal: every result of every trial and every recorded row of every step, to the bit, to",
+            "those of the undisturbed sweep on one machine. Run again: trials that had ended before the fault and whose row was",
+            "written anew.",
+            "",
+            f"| {' | '.join(HEADINGS)} |",
+            "|" + "---|" * len(HEADINGS),
+        ]
+        return "\n".join([*head, *(self._rows[name] for name in FAULTS if name in self._rows)]) + "\n"
+
+
 @pytest.fixture(scope="module")
-def rows(repo_root: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """Rows of the table by fault, which is written and printed; those that were not run now are kept as they stand there."""
-    path = repo_root / "tests" / "benchmarks" / "results" / "faults.md"
-    found: dict[str, str] = {}
-    if path.exists():
-        found = {line.split("|")[1].strip(): line for line in path.read_text().splitlines() if line.startswith("| ")}
-    yield found
-    head = [
-        "# Faults",
-        "",
-        f"{time.strftime('%Y-%m-%d')}, {this_machine(os.environ).describe()}; n = 1 each. One sweep of 12 trials of 44 steps on",
-        "digits, CPU, fixed seeds. Two nodes: Ray's, in two network namespaces of this machine, a core each. `s more`: than the",
-        "same sweep undisturbed in the same place, the time of the fault included. Table equal: every result of every trial and",
-        "every recorded row of every step, to the bit, to those of the undisturbed sweep on one machine. Run again: trials that",
-        "had ended before the fault and whose row was written anew.",
-        "",
-        f"| {' | '.join(HEADINGS)} |",
-        "|" + "---|" * len(HEADINGS),
-    ]
-    text = "\n".join([*head, *(found[name] for name in FAULTS if name in found)]) + "\n"
-    path.write_text(text)
-    request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{text}")
+def rows(repo_root: Path, request: pytest.FixtureRequest) -> Iterator[Table]:
+    """The table, printed at the end."""
+    table = Table(repo_root / "tests" / "benchmarks" / "results" / "faults.md")
+    yield table
+    request.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{table.text()}")
 
 
 @pytest.fixture
@@ -330,7 +343,7 @@ def place(name: str, tmp_path: Path) -> Iterator[tuple[Path, TwoNodes | None]]:
 def test_every_fault_ends_with_the_undisturbed_table(
     repo_root: Path,
     quiet: Quiet,
-    rows: dict[str, str],
+    rows: Table,
     place: tuple[Path, TwoNodes | None],
     name: str,
     tmp_path: Path,
@@ -352,7 +365,7 @@ def test_every_fault_ends_with_the_undisturbed_table(
     is_equal = sweep.table() == expected
     cells = [name, f"{fault.place}, {fault.pairing}", fault.when, f"{more_s:.0f}", str(sum(sweep.attempts()) - 12)]
     cells += ["yes" if is_equal else "NO", str(len(again)), note]
-    rows[name] = f"| {' | '.join(cells)} |"
+    rows.add(name, f"| {' | '.join(cells)} |")
     assert is_equal
     assert len(again) == fault.n_again, again
 
