@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hamu.errors import ConfigError
-from launch.plan import Plan, PlannedTrial, key_of, make_plan
-from tune_spaces.space import Space, list_spaces, load_space
+from hamu.training.config import ALIASES, KNOWN
+from hamu.training.fields import merge_known
+from launch.plan import Plan, PlannedTrial, key_of, make_plan, original_settings
+from tune_spaces.space import ORIGINAL_PREFIX, Space, list_spaces, load_space
 
 _NAMED = 3
 
@@ -16,10 +18,11 @@ _NAMED = 3
 @dataclass(frozen=True, kw_only=True)
 class Changes:
     """Trials by their keys. new: those that the space gives now and the plan lacks; gone: those of the plan that it does not give
-    any more."""
+    any more. originals: whether it trains the originals of trials that the plan has in another way now."""
 
     new: tuple[str, ...]
     gone: tuple[str, ...]
+    originals: bool = False
 
 
 def changes_of(plan: Plan) -> Changes:
@@ -27,11 +30,12 @@ def changes_of(plan: Plan) -> Changes:
     no file any more: the plan stands for itself."""
     if plan.space not in list_spaces():
         return Changes(new=(), gone=())
-    now = dict.fromkeys(_keys_now(plan, load_space(plan.space)))
-    had = {key_of(trial.trial_id) for trial in plan.trials}
+    now = _originals_now(plan, load_space(plan.space))
+    had = {key_of(trial.trial_id): dict(plan.originals[trial.original]) for trial in plan.trials}
     return Changes(
         new=tuple(key for key in now if key not in had),
         gone=tuple(key for key in sorted(had) if key not in now and key not in plan.gone),
+        originals=any(now[key] != original for key, original in had.items() if key in now),
     )
 
 
@@ -43,6 +47,11 @@ def check_unchanged(plan: Plan) -> None:
     """
     changes = changes_of(plan)
     parts = [f"{len(keys)} {word} ({_named(keys)})" for word, keys in (("new", changes.new), ("gone", changes.gone)) if keys]
+    if changes.originals:
+        raise ConfigError(
+            f"space {plan.space!r} trains its originals in another way than when sweep {plan.name!r} began, and trials from "
+            "other originals cannot be compared; put tune_spaces back as it was, or start a sweep of another --name"
+        )
     if parts:
         raise ConfigError(
             f"the trials of space {plan.space!r} have changed since sweep {plan.name!r} began: {', '.join(parts)}; give --extend "
@@ -61,6 +70,8 @@ def extended(plan: Plan, overrides: Mapping[str, tuple[Any, ...]]) -> Plan:
     Raises:
         ConfigError: there is no such space any more, or a setting does not fit.
     """
+    if changed := [key for key in overrides if key.startswith(ORIGINAL_PREFIX)]:
+        raise ConfigError(f"--extend --set {changed[0]}: a sweep keeps its originals; start one of another --name")
     space = load_space(plan.space)
     sets: list[Mapping[str, tuple[Any, ...]]] = [plan.overrides, *plan.extensions]
     if overrides:
@@ -92,10 +103,15 @@ def _with(plan: Plan, other: Plan, new: Sequence[PlannedTrial]) -> Plan:
     )
 
 
-def _keys_now(plan: Plan, space: Space) -> Iterable[str]:
+def _originals_now(plan: Plan, space: Space) -> dict[str, dict[str, Any]]:
+    """What the original of each trial that a space gives is trained with, by the trial's key."""
+    found = {}
     for overrides in (plan.overrides, *plan.extensions):
-        for trial in space.scaled(plan.scale, overrides).trials():
-            yield key_of(trial.trial_id)
+        given = space.scaled(plan.scale, overrides)
+        for trial in given.trials():
+            config = merge_known(trial.config, KNOWN, ALIASES)
+            found[key_of(trial.trial_id)] = original_settings(config, given.original)
+    return found
 
 
 def _named(keys: Sequence[str]) -> str:

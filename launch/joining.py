@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hamu.cli.ray_environment import temporary_folder, worker_environment
+from hamu.cli.ray_environment import temporary_folder, tune_folder, worker_environment
 from hamu.cli.security import check_token
 from hamu.errors import ConfigError
 from hamu.storage.mount import fetch, is_url, mount, publish, remove, shown, url_of
@@ -62,9 +63,10 @@ def joined(place: Place, *, repository: Path, words: Words, offline: Mapping[str
             except (OSError, ValueError, RuntimeError) as error:
                 text = " ".join(str(error).split())
                 raise ConfigError(
-                    f"no Ray cluster at {address!r} ({text}); run this on one of its machines, or send it there with "
-                    "python launch/submit.py"
+                    f"no Ray cluster at {address!r} that takes this process ({text}); give that cluster's own token (RAY_AUTH_TOKEN "
+                    "or RAY_AUTH_TOKEN_PATH), and run this on one of its machines, or send it there with python launch/submit.py"
                 ) from error
+        stack.callback(shutil.rmtree, tune_folder(), ignore_errors=True)
         stack.callback(ray.shutdown)
         if place.n_nodes is not None:
             _wait_for_nodes(place.n_nodes, words)

@@ -6,16 +6,20 @@ Imports no Ray: what is wrong is said before anything is contacted. `launch/join
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hamu.cli.ray_environment import temporary_folder
 from hamu.cli.security import check_token, check_url, keep_secret, read_secrets
-from hamu.errors import ConfigError
+from hamu.errors import ConfigError, HamuError
 from hamu.storage.mount import is_url, mount, shown
 from hamu.training.inputs import is_local_path
+from hamu.training.run_settings import ADDRESS
 from launch.cluster import Cluster, read_cluster
+from launch.cluster_checks import check_filled_in
+from launch.cluster_settings import check_reached
 from launch.plan import Plan
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -24,6 +28,7 @@ JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 AUTO = "auto"
 _ADDRESS = "RAY_ADDRESS"
 _ROOT = "artifacts"
+_ONE_SLASH = re.compile(r"([a-z][a-z0-9+]+):/?(?!/)")
 _PATHS = ("model_name", "dataset_name", "forget_dataset_name", "duplicate_dataset_name", "test_dataset_name", "retain_reference")
 
 
@@ -65,6 +70,10 @@ def find_place(args: argparse.Namespace, environment: Mapping[str, str]) -> Plac
         address = cluster.address
     if args.wait_for_nodes is not None and address is None and not args.dry_run:
         raise ConfigError(f"--wait-for-nodes {args.wait_for_nodes}: a sweep on this machine alone has one; give --address too")
+    if address is not None and not ADDRESS.fullmatch(address):
+        raise ConfigError(f"--address {address!r}: it is host:port of the head's Ray, such as 10.0.0.1:6379, or auto")
+    if cluster is not None and not args.dry_run:
+        check_filled_in(cluster)
     if address not in (None, AUTO) and not args.dry_run:
         check_token(address, environment, Path.home())
     return Place(address=address, is_job=is_job, cluster=cluster, n_nodes=args.wait_for_nodes)
@@ -79,11 +88,27 @@ def root_of(args: argparse.Namespace, environment: Mapping[str, str], cluster: C
         ConfigError: the store cannot be used, or a password stands in the URL.
     """
     of_cluster = cluster.settings.storage_path if cluster is not None else None
+    if args.storage_path is not None and not args.storage_path.strip():
+        raise ConfigError("--storage-path '' is empty; give a folder or a URL, or leave the flag out")
     text = args.storage_path or of_cluster or environment.get("ARTIFACT_ROOT", "").strip() or _ROOT
-    if is_url(text):
-        check_url(text)
-    # A dry run contacts nothing, a store neither.
-    return mount(text, temporary_folder() / "stores", asks_store=not args.dry_run) if is_url(text) else Path(text).expanduser()
+    if (slash := _ONE_SLASH.match(text)) is not None:
+        raise ConfigError(f"--storage-path {text!r} is no URL and hardly a folder; a URL is {slash[1]}://bucket/hamu")
+    if cluster is not None and args.storage_path:
+        check_reached(args.storage_path, n_nodes=cluster.n_nodes.maximum)
+    if not is_url(text):
+        return Path(text).expanduser()
+    check_url(text)
+    try:
+        # A dry run contacts nothing, a store neither.
+        return mount(text, temporary_folder() / "stores", asks_store=not args.dry_run)
+    except HamuError:
+        raise
+    except Exception as error:  # of as many kinds as there are stores
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"--storage-path {text}: the store does not answer ({type(error).__name__}: {why}); check the URL, the credentials "
+            "and the endpoint as its own library reads them (for s3:// AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+        ) from None
 
 
 def check_root(root: Path, place: Place) -> None:

@@ -12,6 +12,7 @@ from hamu.reports.cost import cost_of, cost_text, wall_seconds
 from hamu.reports.page import write_results
 from hamu.reports.summary import not_compared_text, summarise
 from hamu.reports.tables import front_text
+from hamu.storage.mount import shown
 from hamu.training.records import SPLITS
 from launch.machine import Machine, Slots
 from launch.plan import Plan, trial_columns
@@ -135,4 +136,4 @@ def summary_text(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], 
     lines += [f"failed: the retain-only model {key}: {error}" for key, error in summary["references_failed"].items()]
     if summary["references_failed"]:
         lines.append(f"the trials of a failed retain-only model are not compared; make it with: {summary['resume']}")
-    return "\n".join([*lines, f"report: {report}"])
+    return "\n".join([*lines, f"report: {shown(report)}"])

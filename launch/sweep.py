@@ -36,12 +36,12 @@ sys.path[:] = [str(_ROOT), *(entry for entry in sys.path if Path(entry or ".").r
 
 from hamu.cli.ray_environment import prepare_environment  # noqa: E402
 from hamu.cli.security import without_secrets  # noqa: E402
-from hamu.errors import HamuError, LeaseError  # noqa: E402
+from hamu.errors import ConfigError, HamuError, LeaseError  # noqa: E402
 from hamu.storage import files  # noqa: E402
 from hamu.storage.mount import remove, shown  # noqa: E402
 from launch.checks import is_on_hub, missing_models  # noqa: E402
 from launch.cluster import cluster_machine, with_cores  # noqa: E402
-from launch.cluster_checks import check_asks, check_filled_in  # noqa: E402
+from launch.cluster_checks import check_asks  # noqa: E402
 from launch.flags import AUTO, gpu_share, parse  # noqa: E402
 from launch.machine import Machine, Slots, choose_slots, this_machine  # noqa: E402
 from launch.pairing import pairing_of  # noqa: E402
@@ -71,6 +71,12 @@ def run(
 ) -> int:
     """Run what was prepared; returns the exit code. more: of `launch.runner.run_sweep`."""
     plan, folder = prepared.plan, prepared.folder
+    try:
+        plan.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--storage-path {shown(plan.root)} cannot be made ({error}); give a folder that you may write"
+        ) from None
     with folder.lease(None if prepared.part is None else prepared.part.name, say=words.say) as lease:
         prepared.write_plan()
         left = left_words(plan, standing(plan, folder.rows()))
@@ -218,8 +224,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         place = find_place(args, os.environ)
         if place.cluster is not None:
-            if not args.dry_run:
-                check_filled_in(place.cluster)
             take_settings(args, place.cluster, os.environ)
         if args.fetch:
             from hamu.cli.fetch import fetch_for
@@ -236,6 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + interrupted.number
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         print(without_secrets(traceback.format_exc()), file=sys.stderr)
         print(f"error: the sweep failed: {type(error).__name__}: {without_secrets(str(error))}", file=sys.stderr)

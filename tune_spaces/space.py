@@ -213,7 +213,13 @@ def load_space(name: str) -> Space:
     known = list_spaces()
     if name not in known:
         raise ConfigError(unknown("space", name, known))
-    space = getattr(importlib.import_module(f"tune_spaces.{name.replace('/', '.')}"), "SPACE", None)
+    try:
+        module = importlib.import_module(f"tune_spaces.{name.replace('/', '.')}")
+    except ConfigError:
+        raise
+    except Exception as error:  # of code that a user has written
+        raise ConfigError(f"tune_spaces/{name}.py cannot be read ({type(error).__name__}: {error}); mend it there") from error
+    space = getattr(module, "SPACE", None)
     if not isinstance(space, Space) or space.name != name:
         raise ConfigError(f"tune_spaces/{name}.py must define SPACE = Space(name={name!r}, ...)")
     return space

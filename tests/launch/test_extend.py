@@ -84,3 +84,12 @@ def test_a_plan_without_its_space_stands_for_itself(tmp_path: Path, monkeypatch:
     plan = plan_of(tmp_path)
     monkeypatch.setattr(extend, "list_spaces", lambda: [])
     check_unchanged(plan)
+
+
+def test_an_original_that_is_trained_in_another_way_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, space = plan_of(tmp_path, "lr=0.01"), load_space(SPACE)
+    with pytest.raises(ConfigError, match="a sweep keeps its originals"):
+        extended(plan, read_overrides(["original.num_train_epochs=3"]))
+    now_is(monkeypatch, replace(space, original={**space.original, "learning_rate": 0.5}))
+    with pytest.raises(ConfigError, match="trains its originals in another way"):
+        check_unchanged(plan)

@@ -81,3 +81,20 @@ def test_the_root_is_of_the_flag_then_of_the_environment() -> None:
     assert root_of(parse(["--storage-path", "there"], ""), {"ARTIFACT_ROOT": "here"}, None) == Path("there")
     assert root_of(parse([], ""), {"ARTIFACT_ROOT": "here"}, None) == Path("here")
     assert root_of(parse([], ""), {}, None) == Path("artifacts")
+
+
+@pytest.mark.parametrize("text", ["s3:/bucket/x", "s3:bucket", "", " "])
+def test_a_root_that_is_hardly_meant_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--storage-path"):
+        root_of(parse(["--storage-path", text], ""), {}, None)
+
+
+def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
+    with pytest.raises(ConfigError, match="holds a password") as refused:
+        root_of(parse(["--storage-path", "s3://me:hunter2@bucket/x"], ""), {}, None)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_an_address_has_a_port() -> None:
+    with pytest.raises(ConfigError, match="it is host:port"):
+        place("--address", "nonsense", **TOKEN)
