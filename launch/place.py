@@ -107,7 +107,7 @@ def root_of(args: argparse.Namespace, environment: Mapping[str, str], cluster: C
         why = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"--storage-path {text}: the store does not answer ({type(error).__name__}: {why}); check the URL, the credentials "
-            "and the endpoint as its own library reads them (for s3:// AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+            "and the endpoint as its own library reads them (s3://: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
         ) from None
 
 
