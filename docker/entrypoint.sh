@@ -5,6 +5,7 @@
 #   RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH   the token, or a file of mode 600 or 400 that holds it
 #   HAMU_HEAD                               host:port of the head that a worker joins (default: head:6379)
 #   HAMU_CPUS                               cores that the node offers (default: all that it sees)
+#   HAMU_GRACE_S                            seconds that SIGTERM leaves to the trials (default: 25); the container's own grace is longer
 set -euo pipefail
 
 refuse() {
@@ -33,6 +34,9 @@ common=(--block --disable-usage-stats --dashboard-agent-listen-port=52365)
 if [[ -n "${HAMU_CPUS:-}" ]]; then
     common+=("--num-cpus=$HAMU_CPUS")
 fi
+# SIGTERM reaches `ray start --block`, which marks the node as one that is to be taken away and waits: its trials save, leave it and
+# go on elsewhere. It ends when the node is idle, or when the seconds are over.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="${HAMU_GRACE_S:-25}"
 if [[ "$role" == head ]]; then
     # All addresses of the container; compose.yaml publishes the dashboard on the host's loopback alone.
     exec ray start --head --port=6379 --dashboard-host=0.0.0.0 --dashboard-port=8265 "${common[@]}" "$@"

@@ -6,15 +6,15 @@ so a trial that takes its process down is not tried for ever. A death on a node 
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hamu.cli.security import without_secrets
+from hamu.errors import LeaseError
 from hamu.storage import mount
-from hamu.storage.files import CorruptError, read_json, write_json
+from hamu.storage.files import CorruptError, read_json
+from hamu.storage.shared_json import changing_json
 
 MAX_DEATHS = 2
 """Attempts of one run of the sweep in which a trial may take its process down; then it has failed."""
@@ -39,12 +39,12 @@ class Attempts:
     def __init__(
         self, folder: Path, run: str, *, nodes: Sequence[str] = (), gone: Callable[[], Collection[str]] | None = None
     ) -> None:
-        self._folder, self._run, self._nodes, self._gone = folder, run, list(nodes), gone
+        self._run, self._nodes, self._gone = run, list(nodes), gone
         self._path = folder / ATTEMPTS
 
     def open(self) -> str | None:
         """Begin an attempt; where too many have died, begin none and return the last known error."""
-        with self._changed() as attempts:
+        with changing_json(self._path, []) as attempts:  # processes of one trial may fail together, on several nodes
             died = [each for each in attempts if each["run"] == self._run and not each["closed"]]
             if len(died) >= MAX_DEATHS and self._gone is not None:
                 gone = set(self._gone())
@@ -56,15 +56,18 @@ class Attempts:
 
     def note(self, error: str) -> bool:
         """Write down what the present attempt is about to die of; the first of its processes to say so is right, and is told."""
-        with self._changed() as attempts:
-            is_news = bool(attempts) and attempts[-1]["error"] is None
-            if is_news:
-                attempts[-1]["error"] = without_secrets(error)[:2000]
-            return is_news
+        try:
+            with changing_json(self._path, []) as attempts:
+                is_news = bool(attempts) and attempts[-1]["error"] is None
+                if is_news:
+                    attempts[-1]["error"] = without_secrets(error)[:2000]
+                return is_news
+        except LeaseError:  # some other process keeps it: this one is about to die of what it was to say, not of this
+            return False
 
     def close(self) -> None:
         """The present attempt is left in order, its trial ended or not."""
-        with self._changed() as attempts:
+        with changing_json(self._path, []) as attempts:
             if attempts:
                 attempts[-1]["closed"] = True
 
@@ -73,16 +76,8 @@ class Attempts:
         """Attempts of all runs so far."""
         return len(self._read())
 
-    @contextmanager
-    def _changed(self) -> Iterator[list[dict[str, Any]]]:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / ".attempts").open("a") as file:  # processes of one trial may fail together
-            fcntl.flock(file, fcntl.LOCK_EX)
-            attempts = self._read()
-            yield attempts
-            write_json(self._path, attempts)
-
     def _read(self) -> list[dict[str, Any]]:
+        mount.fetch(self._path)
         try:
             found = read_json(self._path)
         except (OSError, CorruptError):
@@ -92,10 +87,18 @@ class Attempts:
 
 def attempts_at(folder: Path) -> int:
     """How often the trial of a folder was begun, in all runs, by whichever process."""
-    mount.fetch(folder / ATTEMPTS)
     return Attempts(folder, "").count
 
 
 def was_begun(folder: Path) -> bool:
     """Whether a slot has ever begun the trial of a folder; one that was only found not to run may have a folder too."""
-    return (folder / ATTEMPTS).exists()
+    return mount.exists(folder / ATTEMPTS)
+
+
+def begun_among(trials: Path, trial_ids: Iterable[str]) -> list[str]:
+    """Those of some trials that a slot has ever begun, as `was_begun`; a store is asked once for all of them.
+
+    trials: the folder of the trials' folders.
+    """
+    mount.fetch(trials, only=lambda name: name.endswith(f"/{ATTEMPTS}"))
+    return [trial_id for trial_id in trial_ids if (trials / trial_id / ATTEMPTS).exists()]

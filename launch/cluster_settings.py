@@ -8,13 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import urlsplit
 
+from hamu.cli.security import check_url
+from hamu.errors import ConfigError
+from hamu.storage.mount import is_url
 from launch.cluster_yaml import load_yaml, nearest, refusal, settings_path
 
 AUTO = "auto"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:^|_)KEY(?:$|_)|APIKEY", re.IGNORECASE)
-_NODE_LOCAL = ("/tmp", "/var/tmp", "/dev", "/run", "/proc", "/sys")
+PLACES_OF_A_NODE = ("/tmp", "/var/tmp", "/dev", "/run", "/proc", "/sys")
+"""Folders that each machine has of its own."""
+
+SHARED_ROOT = "give a folder that all nodes mount, such as /shared/hamu, or a URL such as s3://bucket/hamu"
+"""The mend of an artifact root that is of one node."""
+
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -85,26 +94,46 @@ def read_settings(cluster_file: Path) -> ClusterSettings:
 
 
 def check_storage(cluster_file: Path, storage_path: str | None, *, n_nodes: int) -> None:
-    """Refuse an artifact root that only one of several nodes could read.
+    """Refuse an artifact root that only one of several nodes could read, or that holds a password.
 
     Raises:
-        ConfigError: it is not given, relative, or on a disk that each node has of its own.
+        ConfigError: it is not given, relative, on a disk that each node has of its own, or a URL that must not be shown.
     """
-    if n_nodes < 2:
-        return
     path, key = settings_path(cluster_file), "storage_path"
-    mend = "give a folder that all nodes mount, such as /shared/hamu, or a URL such as s3://bucket/hamu"
     if storage_path is None:
-        raise refusal(path, key, f"it is missing, and up to {n_nodes} nodes must share one artifact root; {mend}")
-    if "://" in storage_path:
-        if storage_path.startswith("file://"):
-            raise refusal(path, key, f"{storage_path!r} is a disk of one node, and the cluster has up to {n_nodes}; {mend}")
+        if n_nodes > 1:
+            raise refusal(path, key, f"it is missing, and up to {n_nodes} nodes must share one artifact root; {SHARED_ROOT}")
         return
-    if not storage_path.startswith("/"):
-        raise refusal(path, key, f"{storage_path!r} is relative, so each of up to {n_nodes} nodes would have its own; {mend}")
-    place = Path(storage_path)
-    if any(place.is_relative_to(local) for local in _NODE_LOCAL):
-        raise refusal(path, key, f"{storage_path!r} is local to each of up to {n_nodes} nodes; {mend}")
+    try:
+        check_reached(storage_path, n_nodes=n_nodes)
+    except ConfigError as error:
+        raise refusal(path, key, str(error)) from None
+    if n_nodes > 1 and not is_url(storage_path) and not storage_path.startswith("/"):
+        raise refusal(path, key, f"{storage_path!r} is relative, so each of up to {n_nodes} nodes has its own; {SHARED_ROOT}")
+
+
+def check_reached(root: str, *, n_nodes: int | None) -> None:
+    """Refuse an artifact root that each node has of its own, or a URL with what must not be shown.
+
+    n_nodes: at most; None: not known. On one node a folder of its own will do.
+
+    Raises:
+        ConfigError: as said; the message shows no password.
+    """
+    if is_url(root):
+        check_url(root)
+        parts = urlsplit(root)
+        if parts.query:
+            raise ConfigError(
+                f"the URL {parts.scheme}://...{parts.path} has a query, which records and commands would show; give it without, "
+                "and credentials as the store's own library reads them on each node (environment, role, or its own file)"
+            )
+    if n_nodes == 1:
+        return
+    if root.startswith("file:"):
+        raise ConfigError(f"{root!r} is on a disk of one node; {SHARED_ROOT}")
+    if any(Path(root).is_relative_to(place) for place in PLACES_OF_A_NODE):
+        raise ConfigError(f"{root!r}: every node has its own {Path(*Path(root).parts[:2])}; {SHARED_ROOT}")
 
 
 def looks_secret(name: str) -> bool:

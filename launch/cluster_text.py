@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hamu.errors import ConfigError
-from launch.cluster import Cluster, cluster_machine
+from launch.cluster import Cluster, cluster_machine, with_cores
 from launch.cluster_settings import AUTO
 from launch.machine import Slots, choose_slots
 from launch.pairing import pairing_of
@@ -24,6 +24,7 @@ def count_at_minimum(cluster: Cluster, slots: Slots, plan: Plan) -> int:
     share = (None if pairing.is_split else slots.gpus_per_trial) if slots.gpus_per_trial else 0.0
     try:
         least = choose_slots(machine, n_trials=plan.n_to_run, gpus=share, pairing=pairing)
+        least = with_cores(least, machine, cluster.settings.cpus_per_worker)
     except ConfigError:
         return 0
     return min(least.count, slots.count)

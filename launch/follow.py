@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
+from hamu.storage import mount
+from hamu.storage.files import write_json, write_new_json
 from hamu.training.records import METRIC_COLUMNS
 from hamu.training.stop import StopReason
 from launch.attempts import attempts_at
@@ -19,7 +22,7 @@ from launch.live import Board
 from launch.nodes import Watch
 from launch.notices import Notices
 from launch.plan import Plan
-from launch.results import SweepFolder, write_json
+from launch.results import SweepFolder
 from launch.runs import Runs
 from launch.shared import failed_row, identity
 from launch.signals import Signals
@@ -30,8 +33,11 @@ MAX_BARREN = 4
 """How often Tune starts a trial again whose slot died before it could begin it. Deaths after that are counted by the slots."""
 
 _SEEN_WITHIN_S = 10.0
+_WAIT_FOR_ROWS_S = 60.0
+_LOOK_EVERY_S = 0.2
 _POLL_EVERY_S = 3.0
 _SAVED_WITHIN_S = 10.0
+_LEFT_OPEN = "a resumed sweep sees it, or runs the trial again"
 
 
 class Follow(tune.Callback):
@@ -39,6 +45,10 @@ class Follow(tune.Callback):
 
     A trial that a scheduler or a stopper ends gets a row here that says so, "pruned"; its slot, which looks for that row when it
     leaves the trial, puts the whole row and the model in its place. `to_complete` lists those that no slot was left for.
+
+    A row that a slot has written is never replaced, whether it can be seen here or not: what is written here is created, not
+    replaced, and of a trial that said how it ended nothing is. Its row may come late, from another node; it is looked for until
+    it is there, or the trials are over.
 
     Args:
         plan, folder, board, signals: of the sweep.
@@ -72,6 +82,8 @@ class Follow(tune.Callback):
         self._reported: dict[str, float] = {}
         self._barren: dict[str, tuple[int, int]] = {}  # trial -> its attempts at its slot's last death, deaths since it was begun
         self._hold_until: float | None = None
+        self._late: dict[str, float] = {}  # trials that have ended and whose row is not seen: when that is to be said
+        self._look_after = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its callbacks, for a way to resume that is not ours
@@ -82,6 +94,8 @@ class Follow(tune.Callback):
             self._end_in_order(trials)
         if self._watch is not None and self._watch.is_due:
             self._watch.poll(sorted(trials, key=lambda trial: self._reported.get(str(trial), 0.0)))
+        if self._late and time.monotonic() >= self._look_after:
+            self._look_for_rows()
         if time.monotonic() >= self._poll_after:
             if self._poll is not None:
                 self._poll()
@@ -104,23 +118,38 @@ class Follow(tune.Callback):
         """The trial has ended and written its row, or is stopped here."""
         trial_id, last = str(trial), said_of(trial.last_result or {})
         _forget_history(trial)
-        path = self._row_path(trial_id)
-        if "status" in last:  # the slot has written the row before it said so; a network file system may be late
-            deadline = time.monotonic() + _SEEN_WITHIN_S
-            while not path.exists() and time.monotonic() < deadline:
-                time.sleep(0.1)
-            self._end(trial_id, "its process said nothing of how it ended")
+        if "status" in last:
+            self._expect_row(trial_id)
             return
-        if not path.exists():
+        if not self._row(trial_id):
             saved = trial.checkpoint if trial.status in (Trial.PAUSED, Trial.PENDING) else None
             self._stopped[trial_id] = {"state": state_of(saved.path) if saved else "", **overrides_of(trial.config)}
-            self._write(trial_id, self._pruned_row(trial_id, last))
-        self._end(trial_id, "")
+            self._write_new(trial_id, self._pruned_row(trial_id, last))
+        self._end(trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's process has died once too often."""
-        times = f"its process died {MAX_BARREN + 1} times before it could begin"
-        self._end(str(trial), f"{times}: {_last_words(trial) or 'killed, or out of memory'}")
+        trial_id = str(trial)
+        if "status" in said_of(trial.last_result or {}):
+            self._expect_row(trial_id)
+            return
+        if not self._row(trial_id):
+            times = f"its process died {MAX_BARREN + 1} times before it could begin"
+            error = f"{times}: {_last_words(trial) or 'killed, or out of memory'}"
+            self._write_new(trial_id, failed_row(self._plan, self._trials[trial_id], error))
+        self._end(trial_id)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Tune has no more trials to run; the rows that are late are waited for."""
+        deadline = time.monotonic() + _WAIT_FOR_ROWS_S
+        while self._late and time.monotonic() < deadline:
+            self._look_for_rows()
+            if self._late:
+                self._signals.check()
+                time.sleep(_LOOK_EVERY_S)
+        for trial_id in self._late:
+            self._board.say(f"the row of {trial_id} did not come within {_WAIT_FOR_ROWS_S:g} s; {_LEFT_OPEN}")
+        self._late.clear()
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trial's process has died, or has left its node, and Tune starts another."""
@@ -147,7 +176,7 @@ class Follow(tune.Callback):
         return {
             trial_id: each
             for trial_id, each in left.items()
-            if each["state"] or (self._folder.trial(trial_id) / "checkpoint.pt").exists()
+            if each["state"] or mount.exists(self._folder.trial(trial_id) / "checkpoint.pt")
         }
 
     def _end_in_order(self, trials: list[Any]) -> None:
@@ -175,29 +204,57 @@ class Follow(tune.Callback):
     def _row_path(self, trial_id: str) -> Path:
         return self._folder.trial(trial_id) / "row.json"
 
-    def _write(self, trial_id: str, row: Mapping[str, Any]) -> None:
-        write_row(self._folder, trial_id, row, started_at=self._started.get(trial_id))
+    def _row(self, trial_id: str) -> dict[str, Any]:
+        """A trial's row, as whoever wrote it last has left it."""
+        mount.look(self._row_path(trial_id))
+        return self._folder.row(trial_id)
 
-    def _end(self, trial_id: str, otherwise: str) -> None:
-        if not self._row_path(trial_id).exists():
-            self._write(trial_id, failed_row(self._plan, self._trials[trial_id], otherwise))
+    def _write_new(self, trial_id: str, row: Mapping[str, Any]) -> None:
+        """Write a row, unless the trial's slot has written one meanwhile."""
+        write_row(self._folder, trial_id, row, started_at=self._started.get(trial_id), replaces=False)
+
+    def _expect_row(self, trial_id: str) -> None:
+        """End a trial whose slot has written its row before it said so; a network folder may be late."""
+        if self._row(trial_id):
+            self._end(trial_id)
+        else:
+            self._late[trial_id] = time.monotonic() + _SEEN_WITHIN_S
+
+    def _look_for_rows(self) -> None:
+        for trial_id, say_after in list(self._late.items()):
+            if self._row(trial_id):
+                del self._late[trial_id]
+                self._end(trial_id)
+            elif time.monotonic() >= say_after:
+                self._late[trial_id] = math.inf
+                where = mount.shown(self._row_path(trial_id))
+                self._board.say(f"{trial_id} has ended, and its row {where} is not to be seen yet; looking on")
+        self._look_after = time.monotonic() + _LOOK_EVERY_S
+
+    def _end(self, trial_id: str) -> None:
         if trial_id not in self._told:
             self._told.add(trial_id)
-            [row] = self._folder.compared_rows([trial_id])
-            self._board.end(row)
-            if self._tell is not None:
-                self._tell(trial_id, row)
+            for row in self._folder.compared_rows([trial_id]):
+                self._board.end(row)
+                if self._tell is not None:
+                    self._tell(trial_id, row)
+                break
+            else:  # of a broken file, which stays for the repair
+                self._board.say(f"the row {mount.shown(self._row_path(trial_id))} cannot be read; {_LEFT_OPEN}")
         self._folder.refresh_trials()
         if self._runs is not None:
             self._runs.note()
 
 
-def write_row(folder: SweepFolder, trial_id: str, row: Mapping[str, Any], *, started_at: float | None = None) -> None:
-    """Write the row of a trial that no slot could write; one without times ended now."""
+def write_row(
+    folder: SweepFolder, trial_id: str, row: Mapping[str, Any], *, started_at: float | None = None, replaces: bool = True
+) -> None:
+    """Write the row of a trial that no slot could write; one without times ended now. replaces: a row that is there, too."""
     path = folder.trial(trial_id) / "row.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     now = time.time()
-    write_json(path, {"started_at": started_at or now, "ended_at": now, "train_s": 0.0, **row})
+    write = write_json if replaces else write_new_json
+    write(path, {"started_at": started_at or now, "ended_at": now, "train_s": 0.0, **row})
 
 
 def _forget_history(trial: Any) -> None:

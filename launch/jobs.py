@@ -25,6 +25,9 @@ from hamu.errors import ConfigError
 STOP_WAIT_S = 30
 """Seconds from SIGTERM to SIGKILL when a job is stopped: Ray's three are too few for its trials to save their checkpoints."""
 
+STOPPED_WITHIN_S = STOP_WAIT_S + 15
+"""Seconds from the request to the end of a job that Ray stops, its own work included."""
+
 _OF_JOB = {
     "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # the sweep gives its workers an environment, in which names of the job's come again
@@ -105,10 +108,10 @@ class Jobs:
             return self._client.get_job_logs(job)
 
     def stop(self, job: str, *, say: Callable[[str], None]) -> JobDetails:
-        """Ask a job to end, and wait until it has; `say` is told that it takes a while."""
+        """Ask a job to end, and wait until it has, for `STOPPED_WITHIN_S` at most; `say` is told that it takes a while."""
         with _in_one_line(self.url, job):
             self._client.stop_job(job)
-        deadline, is_said = time.monotonic() + STOP_WAIT_S + 15, False
+        deadline, is_said = time.monotonic() + STOPPED_WITHIN_S, False
         while not (found := self.details(job)).status.is_terminal() and time.monotonic() < deadline:
             if not is_said:
                 say(f"{job} has been asked to stop; its trials save their checkpoints (up to {STOP_WAIT_S} s)")

@@ -64,7 +64,8 @@ def joined(place: Place, *, repository: Path, words: Words, offline: Mapping[str
                 text = " ".join(str(error).split())
                 raise ConfigError(
                     f"no Ray cluster at {address!r} that takes this process ({text}); give that cluster's own token "
-                    "(RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH), and run this on one of its machines, or send it there with python launch/submit.py"
+                    "(RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH), and run this on one of its machines, or send it there with "
+                    "python launch/submit.py"
                 ) from error
         stack.callback(shutil.rmtree, tune_folder(), ignore_errors=True)
         stack.callback(ray.shutdown)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from launch.attempts import was_begun
+from hamu.storage import mount
+from launch.attempts import begun_among
 from launch.follow import write_row
 from launch.plan import Plan
 from launch.results import SweepFolder
@@ -32,12 +33,13 @@ def without_failed(plan: Plan, todo: Sequence[str], folder: SweepFolder, failed:
     lost = [trial_id for trial_id in todo if trials[trial_id].original in failed]
     left = [trial_id for trial_id in todo if trials[trial_id].original not in failed]
     if is_searched(plan.search):
+        begun, rows = set(begun_among(folder.trials, todo)), folder.rows()
         for trial_id in todo:  # of a former run in which nothing could be run
-            if folder.row(trial_id).get("status") == "failed" and not was_begun(folder.trial(trial_id)):
-                (folder.trial(trial_id) / "row.json").unlink()
+            if rows.get(trial_id, {}).get("status") == "failed" and trial_id not in begun:
+                mount.remove(folder.trial(trial_id) / "row.json")
         if left:
-            out = [trial_id for trial_id in lost if not was_begun(folder.trial(trial_id))]
-            lost = [trial_id for trial_id in lost if trial_id not in set(out)]
+            out = [trial_id for trial_id in lost if trial_id not in begun]
+            lost = [trial_id for trial_id in lost if trial_id in begun]
             if out:
                 whose = "1 trial cannot start, as its" if len(out) == 1 else f"{len(out)} trials cannot start, as their"
                 words.say(f"{whose} original failed; the search chooses among the other {len(left)}")

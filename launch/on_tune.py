@@ -17,6 +17,7 @@ from ray.tune.schedulers import HyperBandScheduler, PopulationBasedTraining
 from ray.tune.stopper import CombinedStopper
 
 from hamu.cli.ray_environment import tune_folder
+from hamu.storage import mount
 from hamu.storage.mount import is_url
 from hamu.training.config import TrainConfig
 from hamu.training.ray_workers import WorkerSettings, free_placement_groups
@@ -190,7 +191,7 @@ def _forget_stopped(folder: SweepFolder, trial_id: str) -> None:
     """Remove the row of a trial that a scheduler stopped and nobody completed: it is run again."""
     row = folder.row(trial_id)
     if row.get("status") == "pruned" and not has_ended(row):
-        (folder.trial(trial_id) / "row.json").unlink()
+        mount.remove(folder.trial(trial_id) / "row.json")
 
 
 def _setting_of(of_trial: Mapping[str, Mapping[str, Any]], name: str, spec: Any) -> Any:

@@ -13,7 +13,8 @@ import ray
 
 from hamu.data.hashing import sha256_arrays
 from hamu.errors import CheckpointError, HamuError
-from hamu.storage.files import read_json, write_json
+from hamu.storage import mount
+from hamu.storage.shared_json import changing_json
 from hamu.training.artifacts import (
     PUBLISHED,
     RECORD_NAME,
@@ -207,7 +208,7 @@ def _begin_references(
     for key, configs in of_reference.items():
         # Of trials with other texts besides, one that reads the most says which rows are given.
         reader = next((config for config in configs if config.logging.eval_tofu), configs[0])
-        if is_ready(known.get(key, {}), with_truth_ratios=reader.logging.eval_tofu):
+        if is_ready(known.get(key, {}), with_truth_ratios=reader.logging.eval_tofu, near=path):
             continue
         config, rows = plan.reference(key), data_key(reader)
         if reader.logging.eval_tofu:
@@ -242,19 +243,23 @@ def _one_of_each_kind(configs: Iterable[TrainConfig]) -> tuple[TrainConfig, ...]
 
 
 def _pin(pins: Path, key: str, original: Original) -> None:
-    """Write down which weights the sweep starts from, or check that they still are the ones."""
-    pinned = dict(read_json(pins)) if pins.exists() else {}
+    """Write down which weights the sweep starts from, or check that they still are the ones; its shares do so side by side."""
     digest = sha256_arrays(*(original.arrays[name] for name in sorted(original.arrays)))
-    if pinned.setdefault(key, digest) != digest:
-        raise CheckpointError(
-            f"the original {original.path!r} has other weights ({digest[:8]}) than this sweep began with ({pinned[key][:8]}), so "
-            "its trials could not be compared; put the old ones back, or start a sweep of another --name"
-        )
-    write_json(pins, pinned)
+    with changing_json(pins, {}) as pinned:
+        if pinned.setdefault(key, digest) != digest:
+            raise CheckpointError(
+                f"the original {_place(original)!r} has other weights ({digest[:8]}) than this sweep began with "
+                f"({pinned[key][:8]}), so its trials could not be compared; put the old ones back, or start a sweep of another "
+                "--name"
+            )
+
+
+def _place(original: Original) -> str:
+    return mount.shown(Path(original.path))
 
 
 def _described(original: Original) -> str:
-    parts = [f"original {original.path}"]
+    parts = [f"original {_place(original)}"]
     if not original.result:
         parts[0] += " (taken as it is: no record says how it was trained)"
     parts[0] += accuracies(original.result)

@@ -83,7 +83,7 @@ def prepare(args: argparse.Namespace, place: Place) -> Prepared:
         _check_space(args, plan, folder)
         if args.extend:
             base, plan = plan, _extended(args, plan, folder)
-            is_longer = len(plan.trials) > len(base.trials) or plan.gone != base.gone
+            is_longer = plan.trials != base.trials or plan.gone != base.gone or plan.search != base.search
         else:
             check_unchanged(plan)
     else:

@@ -16,7 +16,9 @@ import ray
 
 from hamu.errors import HamuError
 from hamu.models.record import RECORD_NAME
-from hamu.storage.files import CorruptError, read_json, write_json
+from hamu.storage import mount
+from hamu.storage.files import CorruptError, read_json
+from hamu.storage.shared_json import changing_json
 from launch.nodes import Watch
 from launch.signals import Signals
 from launch.waiting import Want
@@ -38,7 +40,7 @@ class References:
 
     Args:
         pending: Ray tasks of `provide_reference` that have begun, by key.
-        path: references.json; what it holds of other keys stays.
+        path: references.json; what it holds of other keys stays, as other shares of the sweep write it too.
         words, signals: of the sweep.
         watch: looks at the nodes while this waits.
         wants: what each task needs, by key.
@@ -82,13 +84,14 @@ class References:
                 while self._key_of:
                     self._signals.check()
                     if self._watch is not None:
-                        self._watch.poll(wants=[want for key, want in self._wants.items() if key in self._key_of.values()])
+                        self._watch.poll(wants=[want for key, want in self._wants.items() if key in self._pending()])
                     self._take(timeout_s=0.5)
         return dict(self._known)
 
     def folders(self) -> dict[str, str]:
         """Folders of those that are ready, by key."""
-        return {key: str(entry["path"]) for key, entry in self._known.items() if "path" in entry}
+        paths = {key: str(entry["path"]) for key, entry in self._known.items() if "path" in entry}
+        return {key: str(mount.place_of(path, near=self._path)) for key, path in paths.items()}
 
     def _take(self, *, timeout_s: float) -> None:
         if not self._key_of:
@@ -96,24 +99,41 @@ class References:
         # One is enough to go on with while it may block; without blocking all that is there.
         wanted = 1 if timeout_s else len(self._key_of)
         ended, _ = ray.wait(list(self._key_of), num_returns=wanted, timeout=timeout_s)
+        own: dict[str, dict[str, Any]] = {}
         for task in ended:
             key = self._key_of.pop(task)
             try:
-                self._known[key] = ray.get(task)
+                own[key] = ray.get(task)
             except (ray.exceptions.RayError, HamuError) as error:
                 text = error_words(error)
-                self._known[key] = {"error": text}
+                own[key] = {"error": text}
                 self._words.say(f"the retain-only model {key} failed, so its trials are not compared with one: {text}")
             else:
-                entry = self._known[key]
+                entry = own[key]
                 seconds = time.monotonic() - self._started
                 self._words.say(f"retain-only model {entry['path']}{accuracies(entry['result'])} ({seconds:.1f} s)")
-        if ended:
-            write_json(self._path, self._known)
+        if own:
+            self._known = {key: entry for key, entry in add_references(self._path, own).items() if key not in self._pending()}
+
+    def _pending(self) -> set[str]:
+        return set(self._key_of.values())
+
+
+def add_references(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Write what became of some models into a references.json, beside what others write there, and return all that it holds.
+
+    One that failed here does not take the place of one that another process has.
+    """
+    with changing_json(path, {}) as known:
+        for key, entry in entries.items():
+            if "error" not in entry or not known.get(key, {}).get("result"):
+                known[key] = dict(entry)
+        return dict(known)
 
 
 def known_references(path: Path) -> dict[str, dict[str, Any]]:
     """What a references.json holds; nothing where there is none that can be read."""
+    mount.fetch(path)
     try:
         found = read_json(path)
     except (OSError, CorruptError):
@@ -121,11 +141,16 @@ def known_references(path: Path) -> dict[str, dict[str, Any]]:
     return found if isinstance(found, dict) else {}
 
 
-def is_ready(entry: Mapping[str, Any], *, with_truth_ratios: bool) -> bool:
-    """Whether an entry of references.json names a model that is there, with all that trials read of it."""
-    folder = Path(str(entry.get("path") or ""))
-    has_ratios = not with_truth_ratios or (folder / TRUTH_RATIOS).is_file()
-    return bool(entry.get("result")) and folder.is_dir() and has_ratios
+def is_ready(entry: Mapping[str, Any], *, with_truth_ratios: bool, near: Path) -> bool:
+    """Whether an entry of references.json names a model that is there, with all that trials read of it.
+
+    near: a path of the sweep's artifact root.
+    """
+    if not entry.get("result"):
+        return False
+    folder = mount.place_of(str(entry.get("path") or ""), near=near)
+    mount.fetch(folder, only={RECORD_NAME, TRUTH_RATIOS}.__contains__)
+    return folder.is_dir() and (not with_truth_ratios or (folder / TRUTH_RATIOS).is_file())
 
 
 def accuracies(result: Mapping[str, Any], splits: Iterable[str] = ("test", "forget")) -> str:
@@ -167,6 +192,7 @@ def provide_reference(config: TrainConfig, data: Data, *, n_threads: int) -> dic
     if (path / RECORD_NAME).is_file():  # else a published checkpoint
         found = read_record(path).get("result")
         result = dict(found) if isinstance(found, dict) else {}
+    lacks_ratios = False
     lacks_metrics = result.get("forget_loss") is None or result.get("retain_loss") is None
     if lacks_metrics or config.logging.eval_tofu:
         task = task_for(config, data, device=choose_device(config), start=path)
@@ -174,7 +200,12 @@ def provide_reference(config: TrainConfig, data: Data, *, n_threads: int) -> dic
         if lacks_metrics or lacks_ratios:
             result |= _measured(task, config, path, writes_ratios=lacks_ratios)
     # What it was before it was trained is nothing to compare with, and of the same name as the original's metrics in a row.
-    return {"path": str(path), "result": {name: value for name, value in result.items() if not name.startswith("original_")}}
+    if lacks_ratios:
+        mount.publish(path / TRUTH_RATIOS)
+    return {
+        "path": mount.shown(path),
+        "result": {name: value for name, value in result.items() if not name.startswith("original_")},
+    }
 
 
 def _measured(task: Task, config: TrainConfig, path: Path, *, writes_ratios: bool) -> dict[str, float]:

@@ -7,8 +7,6 @@ header says. Unfinished trials are none of this: a slot that finds a broken chec
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +15,12 @@ from hamu.errors import CorruptError
 from hamu.storage import mount
 from hamu.storage.files import read_json, set_aside
 from hamu.storage.parquet import check_parquet
+from hamu.storage.weights import check_weights
 from launch.plan import Plan
 from launch.results import SweepFolder
 from launch.standing import has_ended
 
 _N_THREADS = 8  # a file of a network folder or a store takes its time, which is not this machine's
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 def repair(folder: SweepFolder, plan: Plan, say: Callable[[str], None]) -> list[str]:
@@ -47,8 +45,11 @@ def repair(folder: SweepFolder, plan: Plan, say: Callable[[str], None]) -> list[
         found = pool.map(lambda trial_id: list(_broken(folder, trial_id)), trials)
         broken = {trial_id: errors for trial_id, errors in zip(trials, found, strict=True) if errors}
     for trial_id, errors in broken.items():
+        model = folder.trial(trial_id) / "model"
         for error in errors:
-            aside = set_aside(error.path) if error.path.exists() else None
+            # All of a model: what the rerun saves takes the place of its whole folder, with whatever lies in there.
+            broken_one = model if error.path.is_relative_to(model) else error.path
+            aside = set_aside(broken_one) if broken_one.exists() else None
             where = "" if aside is None else f", set aside as {aside.name}"
             say(f"trial {trial_id} runs again: {mount.shown(error.path)} is broken ({error.why}){where}")
         mount.remove(folder.trial(trial_id) / "row.json")
@@ -101,24 +102,3 @@ def _broken_weights(model: Path) -> Iterator[CorruptError]:
             check_weights(path)
         except CorruptError as error:
             yield error
-
-
-def check_weights(path: Path) -> None:
-    """Make sure that a safetensors file is as long as its header says.
-
-    Raises:
-        CorruptError: it is not, or has no header.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        n_header = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if n_header > min(size - 8, _MAX_HEADER_BYTES):
-            raise CorruptError(path, "its header is not whole")
-        try:
-            header = json.loads(file.read(n_header))
-            n_bytes = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise CorruptError(path, "its header is no safetensors header") from None
-    if size != 8 + n_header + n_bytes:
-        raise CorruptError(path, f"it has {size} bytes, its header says {8 + n_header + n_bytes}")

@@ -13,8 +13,9 @@ trials/<id>/model/        the unlearned model
 trials/<id>/.lease.<g>    who runs the trial
 records/                  rows of steps and evaluations
 trials.parquet, summary.json, pareto.png, report.html
-.lease.<g>                who runs the sweep, in the g-th generation; lost when that process dies (hamu/storage/lease.py)
+.lease.<g>                who runs the sweep, in the g-th generation; lost when that process dies (launch/sweep_lease.py)
 .lease-part-<i>-of-<n>.<g>  who runs the i-th of n shares of the sweep, each on a node of its own
+.lease-<name>.<g>         who adds to that file, which several processes share
 <name>.corrupt-<n>        a broken file, set aside for the user to look at (launch/repair.py)
 
 Whatever is written once has a checksum: the JSON files as an entry "sha256", the Parquet files and the checkpoints inside. All
@@ -25,37 +26,28 @@ a file of other processes is read.
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from hamu.cli.security import check_owner
-from hamu.errors import ConfigError, CorruptError, DataError, LeaseError, unknown
+from hamu.errors import ConfigError, CorruptError, DataError, unknown
 from hamu.storage import files, mount
 from hamu.storage.files import write_json
-from hamu.storage.lease import Lease, holder_of
+from hamu.storage.lease import Lease
 from hamu.training.records import TRIAL_SCHEMA, write_trials
+from launch.kept_files import KeptFiles
 from launch.plan import Plan
 from launch.standing import has_ended, standing
+from launch.sweep_lease import LEASE, TRIAL_PATIENCE_S, hold_sweep, trial_lock
 
 __all__ = ["PLAN", "TRIAL_PATIENCE_S", "SweepFolder", "check_free", "find_sweep", "trial_lock", "write_json"]
 
 PLAN = "sweep.json"
-TRIAL_PATIENCE_S = 150.0
-"""Longer than a lost node's processes can go on: after a minute without its head Ray ends them."""
-
 _WRITE_EVERY_S = 3.0
 _WRITE_SHARE = 0.02  # of the time, at most, goes into trials.parquet while trials run
-
-_READ_ATTEMPTS = 100
-
-_LEASE = ".lease"
-_PART_LEASE = ".lease-part-"
-
-_Stamp = tuple[int, int, int]
 
 
 class SweepFolder:
@@ -78,7 +70,7 @@ class SweepFolder:
         self.probe_path = self.path / "probe.json"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
-        self._read: dict[Path, tuple[_Stamp, dict[str, Any]]] = {}
+        self._kept = KeptFiles()
         self._keys: dict[str, str | None] | None = None
         self._write_after = 0.0
         self._is_full = False
@@ -88,14 +80,25 @@ class SweepFolder:
         return self.path / ("runs.json" if part is None else f"runs-{part}.json")
 
     def start(self, plan: Plan) -> None:
-        """Make the folder and write the plan; call it while holding the lease."""
+        """Make the folder and write the plan; call it while holding the lease.
+
+        Raises:
+            ConfigError: the plan of another sweep is there, of which this one has not all trials.
+        """
+        if self.has_plan():
+            stored, own = self.read_plan(plan.root), {trial.trial_id for trial in plan.trials}
+            if stored.space != plan.space or not own.issuperset(trial.trial_id for trial in stored.trials):
+                raise ConfigError(
+                    f"{mount.shown(self.path)} holds another sweep's plan ({len(stored.trials)} trials of {stored.space!r}); "
+                    f"go on with --resume {stored.name}, or choose another --name"
+                )
         self.records.mkdir(parents=True, exist_ok=True)
         self.trials.mkdir(exist_ok=True)
         write_json(self.plan_path, plan.to_json())
 
     def has_plan(self) -> bool:
         """Whether a sweep was begun here, by whichever machine."""
-        mount.fetch(self.plan_path)
+        mount.look(self.plan_path)
         return self.plan_path.exists()
 
     def read_plan(self, root: Path) -> Plan:
@@ -109,12 +112,17 @@ class SweepFolder:
             return Plan.from_json(files.read_json(self.plan_path), root)
         except CorruptError as error:
             raise DataError(
-                f"{self.plan_path} is not a plan of this program ({error.why}); restore it from a copy, or choose another --name"
+                f"{mount.shown(self.plan_path)} is not a plan of this program ({error.why}); restore it from a copy, or choose "
+                "another --name"
             ) from None
         except FileNotFoundError:
-            raise DataError(f"{self.path} has no {PLAN}, so it is no sweep's folder; choose another --name") from None
+            raise DataError(
+                f"{mount.shown(self.path)} has no {PLAN}, so it is no sweep's folder; choose another --name"
+            ) from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{self.plan_path} is not a plan of this program ({error!r}); choose another --name") from None
+            raise DataError(
+                f"{mount.shown(self.plan_path)} is not a plan of this program ({error!r}); choose another --name"
+            ) from None
 
     def trial(self, trial_id: str) -> Path:
         """A trial's own folder."""
@@ -131,12 +139,12 @@ class SweepFolder:
                 ids = sorted(entry.name for entry in entries)
         except FileNotFoundError:
             return {}
-        return {trial_id: row for trial_id in ids if (row := self._json(self._row_path(trial_id)))}
+        return {trial_id: row for trial_id in ids if (row := self._kept.read(self._row_path(trial_id)))}
 
     def row(self, trial_id: str) -> dict[str, Any]:
         """A trial's row, empty until it has ended; kept here, so do not change it."""
         mount.fetch(self._row_path(trial_id))
-        return self._json(self._row_path(trial_id))
+        return self._kept.read(self._row_path(trial_id))
 
     def _row_path(self, trial_id: str) -> Path:
         return self.trials / trial_id / "row.json"
@@ -144,12 +152,12 @@ class SweepFolder:
     def references(self) -> dict[str, dict[str, Any]]:
         """The retain-only models that are known: key -> {"path", "result"}, or {"error"} where there is none."""
         mount.fetch(self.references_path)
-        return self._json(self.references_path)
+        return self._kept.read(self.references_path)
 
     def search_state(self) -> dict[str, Any]:
         """What search.json holds (`launch.proposals.write_search`); empty where no search has begun."""
         mount.fetch(self.search_path)
-        return self._json(self.search_path)
+        return self._kept.read(self.search_path)
 
     def compared_rows(self, trial_ids: Iterable[str] | None = None) -> list[dict[str, Any]]:
         """Rows with what their retain-only models add: `forget_closeness`, and `retrained_<metric>` columns.
@@ -201,80 +209,32 @@ class SweepFolder:
                 files.tell(f"{full}; {self.trials_parquet.name} is not brought up to date meanwhile")
             self._is_full = True
 
-    def _json(self, path: Path) -> dict[str, Any]:
-        """The content of a file of ours that is replaced whole; empty where there is none."""
-        for _ in range(_READ_ATTEMPTS):
-            try:
-                stamp = _stamp(path)
-                known = self._read.get(path)
-                if known is not None and known[0] == stamp:
-                    return known[1]
-                value = files.read_json(path, pairs=_interned)
-                if _stamp(path) == stamp:
-                    self._read[path] = (stamp, value)
-                    return value
-            except (FileNotFoundError, NotADirectoryError):
-                break  # a resumed trial has just taken it away
-            except CorruptError:
-                if _stamp_or_none(path) == stamp:
-                    break
-        self._read.pop(path, None)
-        return {}
-
     def _reference_keys(self) -> dict[str, str | None]:
         """Which retain-only model a trial is compared with, as the plan says."""
         if self._keys is None:
+            mount.fetch(self.plan_path)
             trials = files.read_json(self.plan_path)["trials"]
             self._keys = {trial["trial_id"]: trial.get("reference") for trial in trials}
         return self._keys
 
-    @contextmanager
-    def lease(self, part: str | None = None, *, say: Callable[[str], None] | None = None) -> Iterator[Lease]:
-        """Hold the folder while the sweep runs; a process that dies loses it.
-
-        Args:
-            part: the share of the sweep that is run, such as "1-of-4"; other shares may be run at the same time. Default: all.
-            say: told when another machine's heartbeat has to be watched, which takes up to 15 s.
-
-        Raises:
-            LeaseError: another process holds it, or the same share of it, or (where all is wanted) any share, or all.
-        """
-        with Lease(self.path, _LEASE if part is None else f"{_PART_LEASE}{part}", say=say) as lease:
-            # Taken first and asked then: of two that do so at the same time, at least one sees the other.
-            for name in [_LEASE] if part is not None else self._part_leases():
-                if (holder := holder_of(self.path, name, say=say)) is not None:
-                    what = "" if part is not None else f" as part {name.removeprefix(_PART_LEASE).replace('-of-', '/')}"
-                    raise LeaseError(
-                        f"{mount.shown(self.path)} is in use by {holder}{what}; wait for it, stop it, or choose another --name"
-                    )
-            yield lease
-
-    def _part_leases(self) -> list[str]:
-        store = mount.store_of(self.path)
-        if store is None:
-            names = os.listdir(self.path)
-        else:
-            names = [found.rpartition("/")[2] for found in store[0].glob(f"{store[1]}/{_PART_LEASE}*")]
-        return sorted({name.rpartition(".")[0] for name in names if name.startswith(_PART_LEASE)})
-
-
-def trial_lock(folder: Path, *, patience_s: float = TRIAL_PATIENCE_S, say: Callable[[str], None] | None = None) -> Lease:
-    """The lease of a trial's folder, to hold while it trains; `check` it before writing.
-
-    After a `kill -9` of a sweep its workers live for a second or two, and after a cut of the network for longer. A resumed sweep
-    waits for the lease until they are gone, so two processes never write one trial. Entering it raises a LeaseError where another
-    process still has it after `patience_s` seconds.
-    """
-    return Lease(folder, patience_s=patience_s, say=say)
+    def lease(self, part: str | None = None, *, say: Callable[[str], None] | None = None) -> AbstractContextManager[Lease]:
+        """Hold the folder, or a share of the sweep such as "1-of-4", while it runs: `launch.sweep_lease.hold_sweep`."""
+        return hold_sweep(self.path, part, say=say)
 
 
 def find_sweep(root: Path, name: str) -> SweepFolder:
     """Find a sweep to resume by "<sweep>" or "<task>/<sweep>".
 
     Raises:
-        ConfigError: no such sweep, one in several tasks, or one in a folder of another user.
+        ConfigError: no such sweep, one in several tasks, one in a folder of another user, or one in a store that a dry run
+            leaves alone.
     """
     results = root / "results"
+    if mount.is_left_alone(results):
+        raise ConfigError(
+            f"--resume {name} --dry-run: a dry run does not look into a store, and what sweep {name!r} has still to run lies in "
+            f"{mount.shown(results)}; leave out --dry-run, or give --name and the flags of a new sweep"
+        )
     mount.fetch(results, only=lambda name: name.count("/") == 2 and name.endswith(f"/{PLAN}"))
     known = {f"{path.parent.parent.name}/{path.parent.name}": path.parent for path in results.glob(f"*/*/{PLAN}")}
     found = [full for full in sorted(known) if name.strip("/") in (full, full.split("/")[1])]
@@ -299,39 +259,21 @@ def check_free(folder: SweepFolder, *, space: str, root: Path) -> None:
         ConfigError: a sweep of this space is there (resume it), one of another space, or other files.
         DataError: its plan cannot be read.
     """
-    if not folder.path.exists():
-        return
     name = folder.path.name
-    if not folder.plan_path.exists():
-        if any(not entry.name.startswith(_LEASE) for entry in folder.path.iterdir()):
-            raise ConfigError(f"{folder.path} exists and is no sweep's folder; choose another --name than {name!r}")
+    if not folder.has_plan():
+        if any(not found.startswith(LEASE) for found in mount.listed(folder.path)):
+            raise ConfigError(f"{mount.shown(folder.path)} exists and is no sweep's folder; choose another --name than {name!r}")
         return
     plan = folder.read_plan(root)
     if plan.space != space:
-        raise ConfigError(f"{folder.path} belongs to a sweep of space {plan.space!r}, not {space!r}; choose another --name")
+        raise ConfigError(
+            f"{mount.shown(folder.path)} belongs to a sweep of space {plan.space!r}, not {space!r}; choose another --name"
+        )
     stand = standing(plan, folder.rows())
     raise ConfigError(
-        f"sweep {name!r} exists in {folder.path} ({stand.n_ended} of {stand.n_total} trials finished); "
+        f"sweep {name!r} exists in {mount.shown(folder.path)} ({stand.n_ended} of {stand.n_total} trials finished); "
         f"go on with --resume {name}, or choose another --name"
     )
-
-
-def _interned(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dict whose keys are shared with all others: a thousand rows have the same hundred."""
-    return {sys.intern(key): value for key, value in pairs}
-
-
-def _stamp(path: Path) -> _Stamp:
-    """What a file that is replaced whole has another of."""
-    found = os.stat(path)
-    return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def _stamp_or_none(path: Path) -> _Stamp | None:
-    try:
-        return _stamp(path)
-    except OSError:
-        return None
 
 
 def _is_row(name: str) -> bool:

@@ -17,7 +17,7 @@ from hamu.cli.security import secret_names
 from hamu.errors import LeaseError
 from hamu.storage.lease import Lease
 from hamu.storage.mount import shown, url_of
-from launch.attempts import was_begun
+from launch.attempts import begun_among
 from launch.follow import Follow
 from launch.left_out import without_dropped, without_failed
 from launch.live import Board
@@ -205,7 +205,7 @@ def _run_trials(
     stand = standing(plan, folder.rows(), out)
     say_how = functools.partial(write_search, folder, view=view_for(plan, folder, out), n_left_out=len(out))
     if is_searched(plan.search):
-        begun = [trial_id for trial_id in todo if was_begun(folder.trial(trial_id))]
+        begun = begun_among(folder.trials, todo)
         proposals = Proposals(begun, open_search(plan, folder, out), budget=stand.n_left)
         say_how(ended=proposals.ended)
         if proposals.ended is not None:  # as the retain-only models tell that were made since

@@ -26,6 +26,7 @@ import torch
 
 from hamu.cli.security import keep_secret
 from hamu.errors import CheckpointError, CorruptError, LeaseError
+from hamu.storage import mount
 from hamu.training.artifacts import make_record, start_model_of
 from hamu.training.groups import Group, is_partner_gone
 from hamu.training.loop import TrainingRun
@@ -226,7 +227,10 @@ class Slot:
         logging = self._config.logging
         if not logging.eval_tofu or logging.retain_reference is not None or self._trial.reference is None:
             return None
-        return self._shared.retain_references.get(self._trial.reference)
+        folder = self._shared.retain_references.get(self._trial.reference)
+        if folder is not None:  # trained on another node, perhaps
+            mount.fetch(Path(folder), only=lambda name: name.endswith(".json"))
+        return folder
 
     def _set_up(self, *, is_foreign: bool) -> None:
         config, trial = self._config, self._trial
@@ -276,7 +280,9 @@ class Slot:
         if self._is_first:
             aside = self._place.set_checkpoint_aside()
             what = f" ({broken.path.name}: {broken.why})" if broken is not None else ""
-            self._say(f"trial {self._trial.trial_id} begins anew, since what it had saved is broken{what}; see {aside}")
+            self._say(
+                f"trial {self._trial.trial_id} begins anew, since what it had saved is broken{what}; see {mount.shown(aside)}"
+            )
         self._group.any(False)  # nobody looks for the file before it is away
         self._set_up(is_foreign=False)
         self._run.take_up()
@@ -340,7 +346,7 @@ class Slot:
             path = self._place.model
             save_model(self._task, run.model, path, record)
             status = "pruned" if run.result.stop_reason is StopReason.PRUNED else "finished"
-            row = {**self._identity(), "status": status, "error": None, **result, "model_path": str(path)}
+            row = {**self._identity(), "status": status, "error": None, **result, "model_path": mount.shown(path)}
             self._write_row(row | {"n_classes": self._task.n_classes, "peak_bytes_per_rank": peaks.flatten().tolist()})
             self._place.drop_checkpoint()
         else:

@@ -108,6 +108,19 @@ def read_slurm_settings(path: Path) -> SlurmSettings:
     return settings
 
 
+def seconds_of(time: str) -> int:
+    """Seconds of a time limit as sbatch reads it: minutes, MM:SS, HH:MM:SS, or DAYS-HH[:MM[:SS]]."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(each) for each in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def check_settings(settings: SlurmSettings) -> None:
     """Refuse what sbatch would misread: #SBATCH lines know no quotes.
 
@@ -124,6 +137,11 @@ def check_settings(settings: SlurmSettings) -> None:
             raise ConfigError(f"{name} {value!r}: sbatch takes one word here, in quotes in YAML; blanks and quotes are refused")
     if settings.time is not None and not _TIME.fullmatch(settings.time):
         raise ConfigError(f"time {settings.time!r}: give minutes, HH:MM:SS or DAYS-HH:MM:SS, in quotes in YAML")
+    if settings.time is not None and seconds_of(settings.time) <= settings.signal_before_s:
+        raise ConfigError(
+            f"time {settings.time!r}: the signal to save comes {settings.signal_before_s} s before its end, so before the sweep "
+            "has begun; give more time, or a smaller signal_before_s"
+        )
     for name in ("exclusive", "requeue"):
         if not isinstance(getattr(settings, name), bool):
             raise ConfigError(f"{name} {getattr(settings, name)!r}: give true or false")
@@ -168,7 +186,8 @@ def render(template: str, settings: SlurmSettings, *, name: str, flags: Sequence
         f"repository={shlex.quote(repository)}",
         f"python={shlex.quote(settings.python)}",
         f"requeues={int(settings.requeue)}",
-        f"n_parts={settings.array or 1}",
+        f"n_parts={settings.array or ''}",
+        "first=0",
         f"set -- {shlex.join(flags)}",
         *(f"export {key}={shlex.quote(value)}" for key, value in sorted(settings.environment.items())),
         *(("set +u # what others have written", *settings.setup, "set -u") if settings.setup else ()),

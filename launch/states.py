@@ -3,12 +3,13 @@ trial to another.
 
 trials/<id>/states/<n>/state.pt      a checkpoint of the run
 trials/<id>/states/<n>/origin.json   the trial and the recipe that it is of, and its numbers then
-trials/<id>/taken.json               the state that the trial's own checkpoint was last replaced by
+trials/<id>/taken.json               the state that the trial's own checkpoint was last replaced by, with its hash
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,13 +61,13 @@ def take_state(folder: Path, trial_folder: Path, *, trial_id: str, recipe: str) 
     state, origin = folder / STATE, _read(folder / "origin.json")
     before = _read(taken)
     is_foreign = (origin.get("trial_id"), origin.get("recipe")) != (trial_id, recipe)
-    if before.get("state") == str(state) and before.get("recipe") == recipe and checkpoint.exists():
-        return is_foreign and checkpoint.stat().st_mtime_ns == before["mtime_ns"]
+    if before.get("state") == mount.shown(state) and before.get("recipe") == recipe and checkpoint.exists():
+        return is_foreign and _content(checkpoint) == before.get("content")  # times of change are each machine's own
     if not state.exists():
-        raise CheckpointError(f"no saved state in {str(folder)!r}; run the trial from its start: resume the sweep")
+        raise CheckpointError(f"no saved state in {mount.shown(folder)!r}; run the trial from its start: resume the sweep")
     with replacing(checkpoint) as temporary:
         shutil.copyfile(state, temporary)
-    write_json(taken, {"state": str(state), "recipe": recipe, "mtime_ns": checkpoint.stat().st_mtime_ns})
+    write_json(taken, {"state": mount.shown(state), "recipe": recipe, "content": _content(checkpoint)})
     return is_foreign
 
 
@@ -83,6 +84,12 @@ def drop_states(trial_folder: Path) -> None:
     with contextlib.suppress(OSError):
         mount.remove(trial_folder / "states")
         mount.remove(trial_folder / "taken.json")
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a file is known by on every machine."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ secrets_file on the cluster.
 A cluster that is not on the loopback asks for a token: RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token
 (mode 600).
 
-Exit codes: 0 the job succeeded (or was submitted, with --no-wait), 1 it failed, 2 bad input or no cluster there, 130 detached
-from a job that runs on, 143 the job was stopped; else that of the sweep.
+Exit codes: 0 the job succeeded (or was submitted, with --no-wait), 1 it failed, or runs on after `stop`, 2 bad input or no
+cluster there, 130 detached from a job that runs on, 143 the job was stopped; else that of the sweep.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _connect(url: str) -> Jobs:
 
 
 def _look_after(jobs: Jobs, action: str, job: str, args: argparse.Namespace) -> int:
-    from launch.jobs import has_failed
+    from launch.jobs import STOPPED_WITHIN_S, has_failed
     from launch.jobs_text import job_line, jobs_table
 
     if action == "list":
@@ -236,10 +236,19 @@ def _look_after(jobs: Jobs, action: str, job: str, args: argparse.Namespace) -> 
     if action == "logs":
         sys.stdout.write(jobs.logs(job))
         return 0
+    if action == "stop" and (before := jobs.details(job)).status.is_terminal():
+        print(job_line(before))
+        print(f"{job} had ended already; nothing was stopped")
+        return 0
     details = jobs.stop(job, say=_say) if action == "stop" else jobs.details(job)
     print(job_line(details))
-    if action == "stop" and (name := (details.metadata or {}).get("sweep")):
-        print(f"go on with it by {_command(args)} -- --resume {name}")
+    if action == "stop" and not details.status.is_terminal():
+        _say(f"{job} still runs, {STOPPED_WITHIN_S} s after it was asked to stop; look at its log, then ask again")
+        return 1
+    known = details.metadata or {}
+    if action == "stop" and (name := known.get("sweep")):
+        root = f" --storage-path {known['storage']}" if known.get("storage") else ""
+        print(f"go on with it by {_command(args)} -- --resume {name}{root}")
     return 1 if action == "status" and has_failed(details) else 0
 
 

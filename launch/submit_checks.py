@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from hamu.cli.environment import SETTINGS_BY_NAME, TEXT_NAMES
 from hamu.errors import ConfigError
+from hamu.storage.mount import is_url
 from hamu.tasks.catalog import modality_of
 from hamu.training.inputs import is_local_path
 from launch.checks import check_model_name, check_references
 from launch.cluster import Cluster, cluster_machine
 from launch.cluster_checks import check_asks
+from launch.cluster_settings import SHARED_ROOT, check_reached
 from launch.flags import AUTO, DEFAULT_SPACE, gpu_share, parse
 from launch.machine import choose_slots
 from launch.pairing import pairing_of
@@ -27,9 +27,6 @@ from launch.prepare import new_plan
 from launch.scheduling import check_schedule
 from launch.search_checks import check_search
 from tune_spaces.space import find_space
-
-PLACES_OF_A_NODE = ("/tmp", "/var/tmp", "/dev", "/run", "/proc", "/sys")
-"""Folders that each machine has of its own."""
 
 _NOT_SENT = frozenset({"RAY_ADDRESS", "ARTIFACT_ROOT"})  # the cluster's own; a flag says it instead
 _HERE_ONLY = {
@@ -132,23 +129,16 @@ def check_place(root: str | None, *, n_nodes: int | None = None) -> str:
     Raises:
         ConfigError: there is none, it is relative, a password stands in it, or each node has its own.
     """
-    mend = "give a folder that all nodes mount, such as /shared/hamu, or a URL such as s3://bucket/hamu"
     if root is None:
-        raise ConfigError(f"no artifact root: a job's working directory is thrown away; {mend}, as --storage-path behind the --")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", root):
-        parts = urlsplit(root)
-        if "@" in parts.netloc or parts.query:
-            shown = f"{parts.scheme}://...{parts.path}"
-            raise ConfigError(
-                f"--storage-path {shown}: a URL with a password or a query is shown to all; put it into the secrets file"
-            )
-        if parts.scheme == "file":
-            raise ConfigError(f"--storage-path {root!r}: that is a disk of one node; {mend}")
-        return root
-    if not root.startswith("/"):
-        raise ConfigError(f"--storage-path {root!r} is relative to the job's working directory, which is thrown away; {mend}")
-    if n_nodes != 1 and any(Path(root).is_relative_to(place) for place in PLACES_OF_A_NODE):
-        raise ConfigError(f"--storage-path {root!r}: every node has its own {Path(*Path(root).parts[:2])}; {mend}")
+        why = "no artifact root: a job's working directory is thrown away"
+        raise ConfigError(f"{why}; {SHARED_ROOT}, as --storage-path behind the --")
+    if not is_url(root) and not root.startswith("/"):
+        why = f"--storage-path {root!r} is relative to the job's working directory, which is thrown away"
+        raise ConfigError(f"{why}; {SHARED_ROOT}")
+    try:
+        check_reached(root, n_nodes=n_nodes)
+    except ConfigError as error:
+        raise ConfigError(f"--storage-path: {error}") from None
     return root
 
 

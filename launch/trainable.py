@@ -6,14 +6,18 @@ import contextlib
 import functools
 import json
 import os
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 
+from hamu.errors import DataError
 from hamu.storage.files import on_wait
 from hamu.training.ray_workers import Workers, WorkersError
 from hamu.training.stop import StopReason
@@ -38,7 +42,33 @@ _HELD_S = 60.0
 
 
 class NodeDraining(RuntimeError):
-    """The slot's node is to be taken away: its trial is saved, and goes on in another slot."""
+    """The slot's node is to be taken away, or its process to end: its trial is saved, and goes on in another slot."""
+
+
+class EndSignal:
+    """SIGTERM to this process: noted while it has a trial, which is saved at the next look.
+
+    Without a trial, and when it comes again, it does what Ray does with it: the process ends. Ray's own ways of stopping an actor
+    (Tune's, `ray.kill`, the end of its driver) do not wait for a handler of this signal.
+
+    Args:
+        has_trial: whether there is something to save.
+    """
+
+    def __init__(self, has_trial: Callable[[], bool]) -> None:
+        self.is_noted = False
+        self._has_trial = has_trial
+        self._before: Any = None
+        if threading.current_thread() is threading.main_thread():  # where Ray runs the methods of such an actor
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._has_trial() and not self.is_noted:
+            self.is_noted = True
+        elif callable(self._before):
+            self._before(number, frame)
+        else:
+            os._exit(128 + number)
 
 
 def trial_config(trial_id: str, settings: Mapping[str, Any], *, is_stopped: bool = False) -> dict[str, Any]:
@@ -73,6 +103,10 @@ def make_slot(shared: Shared, group: Group | None = None) -> Slot:
     tell = Listener(shared.notices).tell
     on_wait(tell)  # for space, where the storage is full
     node = ray.get_runtime_context().get_node_id()
+    if not SweepFolder(Path(shared.folder)).has_plan():  # of a node that came after the others were looked at
+        raise DataError(
+            f"node {ray.util.get_node_ip_address()} does not share {shared.folder}; mount it there as on the other nodes"
+        )
     return Slot(shared, ray.get, group, node=node, gone=gone_nodes, say=tell)
 
 
@@ -105,6 +139,7 @@ class UnlearningTrial(tune.Trainable):
         self._n_workers_made = 0
         self._shared = shared
         self._expect(config, time.time())
+        self._end_signal = EndSignal(lambda: self._has_begun)
         if shared.workers is None:
             self._slot = self.make_slot(shared)  # torch comes in here, and counts as the first trial's set-up
         else:
@@ -187,8 +222,12 @@ class UnlearningTrial(tune.Trainable):
         """Do what the driver has asked for, if anything.
 
         Raises:
-            NodeDraining: this process has to leave its node.
+            NodeDraining: this process has to leave its node, or to end.
         """
+        if self._end_signal.is_noted:
+            self._hold()
+            self._close_workers()
+            raise NodeDraining("its process was told to end (SIGTERM)")
         notice = self._listener.heard()
         if notice.is_held:
             self._hold()

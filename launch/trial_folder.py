@@ -15,9 +15,9 @@ from hamu.storage.files import patiently, set_aside, write_json
 from hamu.storage.lease import Lease
 from hamu.training.records import Recorder
 from launch.attempts import Attempts
-from launch.results import trial_lock
 from launch.standing import has_ended
 from launch.states import drop_foreign_state, metrics_of, take_state
+from launch.sweep_lease import trial_lock
 from launch.trial_row import read_row
 
 

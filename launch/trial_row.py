@@ -24,7 +24,7 @@ def memory_words(*, peak: int, estimate: int | None) -> str:
 
 def read_row(path: Path) -> dict[str, Any]:
     """A trial's row.json, as it is in the store too; empty where there is none, or a broken one."""
-    mount.fetch(path)
+    mount.look(path)
     try:
         return read_json(path)
     except (OSError, CorruptError):

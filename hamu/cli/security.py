@@ -193,15 +193,16 @@ def redact(text: str, secrets: Mapping[str, str]) -> str:
 
 
 def check_url(url: str) -> None:
-    """Refuse a URL with a password in it: it would stand in records, in printed commands and in names of folders.
+    """Refuse a URL with a password or a query in it: it would stand in records, in printed commands and in names of folders.
 
     Raises:
         ConfigError: as said; the message does not show it.
     """
     where = urllib.parse.urlsplit(url)
-    if where.password is not None:
+    if where.password is not None or where.query:
+        what = "a query" if where.password is None else "a password"
         raise ConfigError(
-            f"the URL {where.scheme}://...@{where.hostname or ''}{where.path} holds a password; give it without, and the "
+            f"the URL {where.scheme}://...@{where.hostname or ''}{where.path} holds {what}; give it without, and the "
             "credentials as the store's own library reads them (environment, or its own file)"
         )
 

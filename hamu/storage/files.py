@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 
 from hamu.errors import CorruptError
 from hamu.storage import mount
+from hamu.storage.generations import create_in_store
 from hamu.storage.plain_json import checked_text, parsed
+from hamu.storage.temporary import temporary_for
 
 __all__ = [
     "CorruptError",
@@ -33,6 +35,7 @@ __all__ = [
     "tell",
     "unwilling",
     "write_json",
+    "write_new_json",
 ]
 
 logger = logging.getLogger(__name__)
@@ -82,7 +85,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Under a mount the store has the file before the folder has: another process here must not take the old one for newer.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = temporary_for(path)
     try:
         yield temporary
         mount.upload(temporary, as_path=path)
@@ -106,6 +109,50 @@ def write_json(path: Path, value: Any, *, wait: Callable[[str], None] | None = N
     patiently(write, wait=wait, folder=path.parent)
 
 
+def write_new_json(path: Path, value: Any, *, wait: Callable[[str], None] | None = None) -> bool:
+    """As `write_json`, but never in the place of a file that is there, in the store too.
+
+    Returns:
+        Whether it was written: of several processes that do so at the same time, one is told that it was.
+    """
+    text = checked_text(value)
+    return patiently(lambda: _create(path, text), wait=wait, folder=path.parent)
+
+
+def _create(path: Path, text: str) -> bool:
+    place = mount.store_of(path)
+    if place is not None:
+        is_made = create_in_store(*place, text.encode())
+        mount.fetch(path)
+        return is_made
+    temporary = temporary_for(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return os.stat(temporary).st_nlink > 1  # by this very call, where a network folder's answer was lost
+        except OSError as error:
+            if is_full(error):
+                raise
+            return _create_in_place(path, text)  # a file system without links
+        return True
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _create_in_place(path: Path, text: str) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
 def read_json(path: Path, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Read what `write_json` wrote, without its checksum; JSON that has none is read as it is.
 
@@ -126,7 +173,7 @@ def read_json(path: Path, *, pairs: Callable[[list[tuple[str, Any]]], Any] | Non
 def set_aside(path: Path) -> Path:
     """Give a broken file or folder the name "<name>.corrupt-<n>", in the store too, and return that; nothing is deleted."""
     n = 1
-    while (aside := path.parent / f"{path.name}.corrupt-{n}").exists():
+    while (aside := path.parent / f"{path.name}.corrupt-{n}").exists() or mount.exists(aside):
         n += 1
     os.rename(path, aside)
     mount.publish(aside)

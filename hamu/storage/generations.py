@@ -14,6 +14,23 @@ from pathlib import Path
 from typing import Any
 
 
+def create_in_store(store: Any, name: str, content: bytes) -> bool:
+    """Put a file into a store of fsspec unless there is one of its name. Returns whether it is this one that is there."""
+    try:
+        store.pipe_file(name, content, mode="create")
+    except FileExistsError:
+        # Perhaps by this very call, where its answer was lost and the library asked again.
+        try:
+            return store.cat_file(name) == content
+        except FileNotFoundError:
+            return False
+    except OSError as error:
+        if "ConditionalRequestConflict" in repr(error.__cause__):  # S3's answer to two at the same moment
+            return False
+        raise
+    return True
+
+
 class LocalGenerations:
     """On a file system, which NFS is too: `open` with O_EXCL, and a beat is a new time of change."""
 
@@ -91,17 +108,7 @@ class StoreGenerations:
         return [int(match[1]) for match in matches if match]
 
     def create(self, generation: int, text: str) -> bool:
-        try:
-            self._store.pipe_file(self._path(generation), text.encode(), mode="create")
-        except FileExistsError:
-            # Perhaps by this very call, where its answer was lost and the library asked again.
-            found = self.read(generation)
-            return found is not None and found[0] == text
-        except OSError as error:
-            if "ConditionalRequestConflict" in repr(error.__cause__):  # S3's answer to two at the same moment
-                return False
-            raise
-        return True
+        return create_in_store(self._store, self._path(generation), text.encode())
 
     def read(self, generation: int) -> tuple[str, object] | None:
         try:

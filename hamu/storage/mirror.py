@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from hamu.storage.temporary import temporary_for
 
 LAST = ("record.json", "row.json")  # say that the other files of a folder are there
 
@@ -53,6 +54,21 @@ class Mirror:
             except FileNotFoundError:  # gone since it was listed
                 if attempt == _ATTEMPTS - 1:
                     raise
+
+    def exists(self, name: str) -> bool:
+        """Whether the store has a file or a folder of a name, now."""
+        self.store.invalidate_cache(_above(self.remote(name)))
+        return bool(self.store.exists(self.remote(name)))
+
+    def listed(self, name: str) -> list[str]:
+        """Names directly in a folder of the store, hidden ones too."""
+        remote = self.remote(name)
+        self.store.invalidate_cache(remote)
+        try:
+            found = self.store.ls(remote, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted({path.rstrip("/").rpartition("/")[2] for path in found} - {"", remote.rpartition("/")[2]})
 
     def publish(self, name: str) -> None:
         """Bring the store up to date with a file or a folder."""
@@ -132,7 +148,7 @@ class Mirror:
         for name in wanted:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporaries[name] = path.parent / f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
+            temporaries[name] = temporary_for(path)
         try:
             names = list(wanted)
             if len(names) == 1:
@@ -173,7 +189,7 @@ class Mirror:
     def _remember(self, name: str, version: str, stamp: str) -> None:
         note = self._versions / name
         note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.parent / f".{note.name}.{os.getpid()}-{threading.get_ident()}.tmp"
+        temporary = temporary_for(note)
         temporary.write_text(f"{version}\n{stamp}")
         os.replace(temporary, note)
         self._known[name] = version, stamp

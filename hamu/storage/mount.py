@@ -11,6 +11,7 @@ A file that was only written here stays. Names with a leading dot (temporary fil
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -20,7 +21,24 @@ from typing import Any
 from hamu.errors import ConfigError
 from hamu.storage.mirror import LAST, Mirror
 
-__all__ = ["LAST", "fetch", "is_url", "mount", "publish", "published", "remove", "shown", "store_of", "upload", "url_of"]
+__all__ = [
+    "LAST",
+    "exists",
+    "fetch",
+    "is_left_alone",
+    "is_url",
+    "listed",
+    "look",
+    "mount",
+    "place_of",
+    "publish",
+    "published",
+    "remove",
+    "shown",
+    "store_of",
+    "upload",
+    "url_of",
+]
 
 _FOLDER = "hamu-store"
 _INSIDE = f"/{_FOLDER}/"
@@ -83,6 +101,25 @@ def shown(path: Path) -> str:
     return url_of(path) or str(path)
 
 
+def place_of(text: str, *, near: Path) -> Path:
+    """The path of what `shown` gave, which another machine may have written: in the same mirror as `near`, if it is a URL.
+
+    Args:
+        text: a URL or a path.
+        near: any path of the artifact root that it was written in.
+    """
+    place = _place_of(near)
+    scheme, _, inside = text.partition("://")
+    if place is None or not is_url(text):
+        return Path(text)
+    return Path(place[0], _FOLDER, scheme, *filter(None, inside.split("/")))
+
+
+def is_left_alone(path: Path) -> bool:
+    """Whether a path is in a store that this process only names and never asks (`asks_store=False`)."""
+    return any(Path(path).is_relative_to(folder) for folder in _left_alone)
+
+
 def store_of(path: Path) -> tuple[Any, str] | None:
     """The fsspec file system of a mirrored path, and its name there; None where it is in no store."""
     found = _mirror_of(path)
@@ -98,6 +135,34 @@ def fetch(path: Path, *, only: Callable[[str], bool] | None = None) -> None:
     """
     if (found := _mirror_of(path)) is not None:
         found[0].fetch(found[1], only)
+
+
+def look(path: Path) -> None:
+    """As `fetch` of one file; of a network folder, have this machine ask the server anew whether the file is there.
+
+    An NFS client that has once not found a file goes on not finding it for half a minute, until it lists the folder.
+    """
+    fetch(path)
+    for folder in (path.parent.parent, path.parent):
+        with contextlib.suppress(OSError):
+            os.listdir(folder)
+
+
+def exists(path: Path) -> bool:
+    """Whether a file or a folder is there, in the store where the path is in one; nothing is fetched."""
+    if (found := _mirror_of(path)) is not None:
+        return found[0].exists(found[1])
+    return path.exists()
+
+
+def listed(folder: Path) -> list[str]:
+    """Names of what is in a folder, hidden files too, in the store where it is in one; none where there is no folder."""
+    if (found := _mirror_of(folder)) is not None:
+        return found[0].listed(found[1])
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
 
 
 def publish(path: Path) -> None:
@@ -146,7 +211,7 @@ def _mirror_of(path: Path) -> tuple[Mirror, str] | None:
     place = _place_of(path)
     if place is None:
         return None
-    if _left_alone and any(Path(path).is_relative_to(folder) for folder in _left_alone):
+    if _left_alone and is_left_alone(path):
         return None
     scratch, scheme, bucket, name = place
     folder = Path(scratch, _FOLDER, scheme, bucket)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from hamu.errors import CheckpointError, ConfigError, LeaseError
+from hamu.errors import CheckpointError, ConfigError, CorruptError, LeaseError
 from hamu.models.record import json_text
 from hamu.storage import mount
-from hamu.storage.files import patiently
+from hamu.storage.files import patiently, set_aside
 from hamu.storage.lease import Lease
+from hamu.storage.weights import check_weights
 from hamu.tasks.base import Data, Task
 from hamu.tasks.catalog import modality_of
 from hamu.training.artifacts import (
@@ -110,7 +111,7 @@ def provide_model(config: TrainConfig, data: Data, *, progress: bool = False) ->
         if adopts(published):
             return published
         path = place_for(published, recipe)
-        if stop_reason_at(path, recipe) in PUBLISHED:
+        if stop_reason_at(path, recipe) in PUBLISHED and _is_whole(path):
             return path
         task = task_for(config, data, device=choose_device(config))
         model = task.new_model(config.run.seed)
@@ -126,6 +127,18 @@ def provide_model(config: TrainConfig, data: Data, *, progress: bool = False) ->
         split = "test" if "test_accuracy" in run.result.after else "retain"
         logger.info("trained %s: %s accuracy %.4f", path, split, run.result.after.get(f"{split}_accuracy", float("nan")))
     return path
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a model's weights are as long as they should be; those that are not are set aside, to be made again."""
+    try:
+        for path in sorted(folder.rglob("*.safetensors")):
+            check_weights(path)
+    except CorruptError as error:
+        aside = set_aside(folder)
+        logger.warning("%s is broken (%s), set aside as %s; it is made again", error.path, error.why, aside.name)
+        return False
+    return True
 
 
 def adopts(path: Path) -> bool:

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 @pytest.fixture
@@ -41,6 +42,16 @@ def test_a_head_and_a_worker(repo_root: Path, path: str, token_file: Path) -> No
     assert worker[:3] == ["ray", "start", "--address=10.0.0.1:6379"]
     assert "--dashboard-agent-listen-port=52365" in worker
     assert enter(repo_root, path, "head", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0123").returncode == 0
+
+
+def test_a_node_leaves_its_trials_the_time_that_its_container_has(repo_root: Path, path: str) -> None:
+    """Ray reads it at SIGTERM; what it does then: test_drain.py."""
+    (Path(path.split(os.pathsep)[0]) / "ray").write_text('#!/bin/sh\necho "$RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"\n')
+    given = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123"}
+    assert enter(repo_root, path, "worker", **given).stdout == "25\n"
+    assert enter(repo_root, path, "head", **given, HAMU_GRACE_S="7").stdout == "7\n"
+    node = yaml.safe_load((repo_root / "docker" / "compose.yaml").read_text())["x-node"]
+    assert int(node["environment"]["HAMU_GRACE_S"]) + 15 <= int(node["stop_grace_period"].removesuffix("s"))
 
 
 def test_any_other_command_runs_as_it_is(repo_root: Path, path: str) -> None:

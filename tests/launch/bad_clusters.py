@@ -142,6 +142,18 @@ BAD_SETTINGS = {
     "relative root": ("onprem", [("/shared/hamu", "artifacts")], "storage_path", "give a folder that all nodes mount"),
     "root of one node": ("onprem", [("/shared/hamu", "/tmp/hamu")], "storage_path", "give a folder that all nodes mount"),
     "root by file URL": ("onprem", [("/shared/hamu", "file:///data")], "storage_path", "give a folder that all nodes mount"),
+    "root with a password": (
+        "aws-a100",
+        [("s3://example-bucket", "s3://me:hf_abc123@example-bucket")],
+        "storage_path",
+        "credentials",
+    ),
+    "root with a query": (
+        "aws-a100",
+        [("example-bucket/hamu", "example-bucket/hamu?key=hf_abc123")],
+        "storage_path",
+        "credentials",
+    ),
     "no root": ("aws-a100", [("storage_path: s3://example-bucket/hamu", "")], "storage_path", "it is missing"),
     "a token": ("onprem", [('HF_HUB_OFFLINE: "1"', "HF_TOKEN: hf_abc123")], "environment.HF_TOKEN", "secrets_file"),
     "a key": ("onprem", [('HF_HUB_OFFLINE: "1"', "WANDB_API_KEY: hf_abc123")], "environment.WANDB_API_KEY", "secrets_file"),

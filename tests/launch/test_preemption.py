@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from launch.on_tune import run_on_tune
 from launch.shared import Original
 from launch.signals import Interrupted, Signals
 from launch.trainable import UnlearningTrial
+from tests.launch.launched import is_alive
 from tests.launch.small_sweep import SmallSweep, run_to_end
 from tune_spaces.space import Space
 
@@ -41,10 +43,13 @@ class Disturbed(Follow):
 
     disturb: Callable[[], None]
     n_reports = 0
+    pid = 0
+    """Of the slot that reported last."""
 
-    def on_trial_result(self, *given: Any, **named: Any) -> None:
-        super().on_trial_result(*given, **named)
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        super().on_trial_result(iteration, trials, trial, result, **info)
         self.n_reports += 1
+        self.pid = result["pid"]
         if self.n_reports == 1:
             self.disturb()
 
@@ -83,6 +88,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, digits: ImageData, ori
     return alone.metrics(alone.ids[0])
 
 
+@pytest.mark.soak  # the rule in short: test_faults_in_short.py
 def test_a_signal_has_running_trials_save_themselves_and_the_sweep_goes_on_from_there(
     ray_cluster: Any, sweep: Sweep, undisturbed: dict[str, float]
 ) -> None:
@@ -126,6 +132,23 @@ def test_a_trial_leaves_a_node_that_is_to_go_and_ends_elsewhere_with_the_same_nu
     assert not (sweep.folder.path / ".ray").exists()
 
 
+def test_a_slot_that_is_told_to_end_saves_its_trial_which_goes_on_elsewhere_with_the_same_numbers(
+    ray_cluster: Any, sweep: Sweep, undisturbed: dict[str, float]
+) -> None:
+    told: list[int] = []
+
+    def disturb(notices: Notices, follow: Disturbed) -> None:
+        told.append(follow.pid)
+        os.kill(follow.pid, signal.SIGTERM)
+
+    sweep.run(ray_cluster, disturb)
+    assert sweep.metrics(sweep.ids[0]) == undisturbed
+    assert [each["closed"] for each in sweep.attempts()] == [True, True]  # left in order, not found dead
+    assert f"{sweep.ids[0]} is saved and leaves" in sweep.out.getvalue()
+    assert sweep.row(sweep.ids[0])["slot"] != told[0]
+    assert not is_alive(told[0])
+
+
 class Stillborn(UnlearningTrial):
     """Its process dies before it can begin any trial."""
 
@@ -133,6 +156,7 @@ class Stillborn(UnlearningTrial):
         raise RuntimeError("no such device")
 
 
+@pytest.mark.soak
 def test_a_trial_whose_slots_die_before_they_can_begin_it_is_given_up(ray_cluster: Any, sweep: Sweep) -> None:
     import sys
 

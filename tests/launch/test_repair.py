@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from hamu.errors import CorruptError
+from hamu.storage.weights import check_weights
 from hamu.training.records import Recorder, read_records
 from launch.plan import Plan, make_plan
-from launch.repair import check_weights, repair
+from launch.repair import repair
 from launch.results import SweepFolder, write_json
 from launch.shared import failed_row
 from tune_spaces.space import Space
@@ -82,17 +83,37 @@ def test_a_broken_file_is_set_aside_and_its_trial_runs_again(
     first, second, third = (trial.trial_id for trial in plan.trials)
     path = folder.records / f"{second}.parquet" if name == "records" else folder.trial(second) / name
     damage(path)
+    broken = path.read_bytes()
+    aside = path.parent if name.startswith("model/") else path  # of a model all, since the rerun puts another in its place
     said: list[str] = []
     assert repair(folder, plan, said.append) == [second]
     assert folder.unfinished(plan) == [second]
     assert list(folder.rows()) == [first, third]
     assert len(said) == 1
     assert said[0].startswith(f"trial {second} runs again: {path} is broken (")
-    assert said[0].endswith(f", set aside as {path.name}.corrupt-1")
-    assert not path.exists()
-    assert path.with_name(f"{path.name}.corrupt-1").exists()
+    assert said[0].endswith(f", set aside as {aside.name}.corrupt-1")
+    assert not aside.exists()
+    kept = aside.with_name(f"{aside.name}.corrupt-1")
+    assert (kept / path.name if aside is not path else kept).read_bytes() == broken
     assert repair(folder, plan, said.append) == []
     assert read_records(folder.records).num_rows == (6 if name == "records" else 9)
+
+
+def test_a_broken_model_outlives_what_the_rerun_saves(sweep: tuple[Plan, SweepFolder]) -> None:
+    plan, folder = sweep
+    own = folder.trial(plan.trials[0].trial_id)
+    for n in (1, 2):
+        more = own / "model" / "more.safetensors"
+        save_file({"weight": torch.ones(n)}, more)
+        truncate(more)
+        truncate(own / "model" / "model.safetensors")  # both are named, and the folder is set aside once
+        said: list[str] = []
+        repair(folder, plan, said.append)
+        assert len(said) == 2
+        (own / "model").mkdir()
+        save_file({"weight": torch.ones(5, 5)}, own / "model" / "model.safetensors")
+        write_json(own / "row.json", {**failed_row(plan, plan.trials[0], "x"), "status": "finished"})
+    assert sorted(path.name for path in own.iterdir() if path.is_dir()) == ["model", "model.corrupt-1", "model.corrupt-2"]
 
 
 def test_files_of_the_sweep_itself_are_made_again(sweep: tuple[Plan, SweepFolder]) -> None:

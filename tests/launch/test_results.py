@@ -137,6 +137,33 @@ def test_shares_of_a_sweep_are_held_side_by_side_and_not_beside_the_whole(tmp_pa
         pass
 
 
+def test_shares_of_another_number_of_shares_are_refused_and_both_are_named(tmp_path: Path) -> None:
+    _, folder = started(tmp_path)
+    with folder.lease("1-of-4"):
+        with (
+            pytest.raises(
+                LeaseError, match="is in use by process .* as part 1/4, and part 1/3 divides the same trials in another"
+            ),
+            folder.lease("1-of-3"),
+        ):
+            pass
+        with folder.lease("2-of-4"):
+            pass
+    with folder.lease("1-of-3"):
+        pass
+
+
+def test_a_plan_is_replaced_by_a_longer_one_only(tmp_path: Path) -> None:
+    plan, folder = started(tmp_path)
+    overrides = {"unlearning_method": ("ft", "kl")}
+    longer = make_plan(load_space("digits/quickstart"), name="mine", overrides=overrides, root=tmp_path)
+    assert {trial.trial_id for trial in longer.trials} > {trial.trial_id for trial in plan.trials}
+    folder.start(longer)
+    with pytest.raises(ConfigError, match=r"holds another sweep's plan \(6 trials of .*go on with --resume mine"):
+        folder.start(plan)
+    assert folder.read_plan(tmp_path) == longer
+
+
 def test_a_trial_waits_for_the_process_that_still_writes_it(tmp_path: Path) -> None:
     with (
         pytest.raises(LeaseError, match="is in use by process"),

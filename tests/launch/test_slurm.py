@@ -14,9 +14,13 @@ from pathlib import Path
 import pytest
 
 from hamu.errors import ConfigError
-from launch.slurm import SETTINGS, TEMPLATE, SlurmSettings, check_settings, read_slurm_settings, render
+from launch.extend import extended
+from launch.plan import Plan, make_plan, read_overrides
+from launch.results import SweepFolder
+from launch.slurm import SETTINGS, TEMPLATE, SlurmSettings, check_settings, read_slurm_settings, render, seconds_of
 from launch.slurm_turn import next_flags
 from launch.submit import main
+from tune_spaces.space import load_space
 
 SPACE, STORED = ("--space", "digits/quickstart", "--name", "run1"), ("--storage-path", "/shared/hamu")
 FLAGS = (*SPACE, "--target", "forget_accuracy<=retrained", *STORED)
@@ -213,6 +217,25 @@ def test_a_sweep_that_has_begun_is_gone_on_with(tmp_path: Path, capsys: pytest.C
     assert next_flags(part, {}) == part  # a share goes on with the flags that it began with
 
 
+def test_an_extension_is_asked_for_until_it_is_in_the_plan(tmp_path: Path) -> None:
+    def plan_of(*assignments: str) -> Plan:
+        given = read_overrides(["method=ft", *assignments])
+        return make_plan(load_space("digits/quickstart"), name="run1", overrides=given, root=tmp_path)
+
+    root, folder = ["--storage-path", str(tmp_path)], SweepFolder(tmp_path / "results" / "digits" / "run1")
+    extending = ["--resume", "run1", "--extend", "--set", "lr=0.3", "--seeds", "7", "--max-concurrent", "2", *root]
+    assert next_flags(extending, {}) == extending  # there is no such sweep: that is for the sweep to say
+    plan = plan_of("lr=0.1")
+    folder.start(plan)
+    assert next_flags(extending, {}) == extending
+    folder.start(extended(plan, read_overrides(["lr=0.3", "seed=7"])))
+    assert next_flags(extending, {}) == ["--resume", "digits/run1", "--max-concurrent", "2", *root]
+    more = ["--resume", "run1", "--extend", "--set", "lr=0.4", *root]
+    assert next_flags(more, {}) == more
+    plain = ["--resume", "run1", *root]
+    assert next_flags(plain, {}) == plain
+
+
 def test_without_a_name_every_turn_of_a_job_has_the_same() -> None:
     assert next_flags([], {"SLURM_JOB_ID": "7"}) == ["--name", "slurm-7"]
     assert next_flags(["--part", "2/4"], {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7"})[-2:] == ["--name", "slurm-7"]
@@ -223,6 +246,7 @@ class Slurm:
 
     def __init__(self, folder: Path, repo_root: Path, template: str) -> None:
         self.folder, self.calls = folder, folder / "calls"
+        self.repo_root, self.template = repo_root, template
         (folder / "bin").mkdir()
         (folder / "home").mkdir()
         (folder / "sweep.py").write_text(SWEEP)
@@ -237,22 +261,26 @@ class Slurm:
         self.settings = SlurmSettings(python=str(folder / "python"), environment={"MARK": "m m"})
         self._render = lambda settings: render(template, settings, name="run1", flags=self.flags, repository=str(repo_root))
 
-    def start(self, settings: SlurmSettings | None = None, **environment: str) -> subprocess.Popen[str]:
-        (self.folder / "job").write_text(self._render(settings or self.settings))
+    def start(
+        self, settings: SlurmSettings | None = None, *, is_rendered: bool = True, **environment: str
+    ) -> subprocess.Popen[str]:
+        """Start the script with the settings in it; is_rendered=False: the committed one, with flags behind it."""
+        (self.folder / "job").write_text(self._render(settings or self.settings) if is_rendered else self.template)
         own = {
+            "HAMU_PYTHON": str(self.folder / "python"), "HAMU_REPOSITORY": str(self.repo_root),
             "HOME": str(self.folder / "home"), "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "42",
             "STAND_IN_CALLS": str(self.calls), "STAND_IN_STATE": "RUNNING",
         }  # fmt: skip
         return subprocess.Popen(
-            ["bash", self.folder / "job"],
+            ["bash", self.folder / "job", *(() if is_rendered else self.flags)],
             env=os.environ | own | environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
 
-    def run(self, code: int, settings: SlurmSettings | None = None, **environment: str) -> list[str]:
-        process = self.start(settings, **environment)
+    def run(self, code: int, settings: SlurmSettings | None = None, *, is_rendered: bool = True, **environment: str) -> list[str]:
+        process = self.start(settings, is_rendered=is_rendered, **environment)
         out, _ = process.communicate(timeout=60)
         assert process.returncode == code, out
         assert not list((self.folder / "home" / ".hamu" / "slurm").iterdir())
@@ -306,16 +334,60 @@ def test_without_requeue_it_ends(slurm: Slurm) -> None:
 
 
 def test_a_task_of_an_array_runs_its_share(slurm: Slurm) -> None:
-    said = slurm.run(
-        0, replace(slurm.settings, array=4), SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_JOB_ID="42", SLURM_ARRAY_TASK_MAX="3"
-    )
+    said = slurm.run(0, replace(slurm.settings, array=4), **task("2", "0-3"))
     assert '"--part", "3/4"' in said[0] and '"--name", "run1"' in said[0]
+    assert '"--part", "2/4"' in slurm.run(0, replace(slurm.settings, array=4), **task("1", "1"))[-1]  # run again by itself
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "array", "given", "part"),
+    [
+        ("1", "1-4", {}, "1/4"),
+        ("4", "1-4", {}, "4/4"),
+        ("0", "0-3", {}, "1/4"),
+        ("12", "10-12", {}, "3/3"),
+        ("2", "2", {"HAMU_PARTS": "4"}, "3/4"),
+        ("2", "2", {"HAMU_PARTS": "4", "HAMU_FIRST": "1"}, "2/4"),
+        ("3", "1,3", {"HAMU_PARTS": "4"}, "4/4"),
+    ],
+)
+def test_an_array_of_the_batch_script_itself_has_every_share_once(
+    slurm: Slurm, number: str, array: str, given: dict[str, str], part: str
+) -> None:
+    assert f'"--part", "{part}"' in slurm.run(0, None, is_rendered=False, **task(number, array), **given)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "array", "given"),
+    [("2", "2", {}), ("4", "0,4", {}), ("2", "0-6:2", {}), ("4", "4", {"HAMU_PARTS": "4"}),
+     ("0", "0", {"HAMU_PARTS": "4", "HAMU_FIRST": "1"})],
+)  # fmt: skip
+def test_an_array_whose_shares_cannot_be_told_is_refused(slurm: Slurm, number: str, array: str, given: dict[str, str]) -> None:
+    process = slurm.start(None, is_rendered=False, **task(number, array), **given)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and slurm.said() == []
+    assert out.startswith("error: this array ") and "HAMU_PARTS=4 HAMU_FIRST=0 sbatch --array=2" in out and out.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_a_wrong_flag_ends_the_job_before_the_sweep(slurm: Slurm) -> None:
     slurm.flags = ("--sapce", "x")
     assert slurm.run(2) == []
+
+
+def task(number: str, array: str) -> dict[str, str]:
+    """What Slurm tells a task of an array such as 0-3, 1,3 or 0-6:2."""
+    numbers: list[int] = []
+    for each in array.split(","):
+        ends, _, step = each.partition(":")
+        first, _, last = ends.partition("-")
+        numbers += range(int(first), int(last or first) + 1, int(step or 1))
+    return {
+        "SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": number, "SLURM_ARRAY_TASK_COUNT": str(len(numbers)),
+        "SLURM_ARRAY_TASK_MIN": str(min(numbers)), "SLURM_ARRAY_TASK_MAX": str(max(numbers)),
+    }  # fmt: skip
 
 
 def begin(root: Path) -> None:
@@ -335,3 +407,16 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("2:30", 150), ("01:00:00", 3600), ("1-02", 93600), ("1-02:03", 93780), ("2-00:00:01", 172801)],
+)
+def test_a_time_limit_is_read_as_sbatch_does(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+
+
+def test_a_time_that_is_over_before_it_begins_is_refused() -> None:
+    with pytest.raises(ConfigError, match="give more time"):
+        check_settings(SlurmSettings(time="00:02:00"))

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from launch.slurm import TEMPLATE, SlurmSettings, render
+from tests.launch.launched import SHORT
 from tests.launch.test_slurm import command
 from tests.two_nodes import skip_reason
 
@@ -34,18 +35,7 @@ done
 for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
 exit "$code"
 """
-SHORT = (
-    "--set",
-    "epochs=0.5",
-    "--set",
-    "lr=0.02",
-    "--set",
-    "original.num_train_epochs=1",
-    "--set",
-    "method=ft,ga",
-    "--set",
-    "rho=0",
-)
+TWO = (*SHORT, "--set", "method=ft,ga", "--set", "rho=0")
 PAIRED = ("--set", "gradient_pairing=split-gpu", "--set", "num_workers=2", "--set", "backend=gloo")
 
 
@@ -114,7 +104,7 @@ def allocation(tmp_path: Path) -> Iterator[Allocation]:
 def test_a_sweep_over_two_nodes_saves_when_its_time_is_over_and_goes_on_in_the_next_turn(
     allocation: Allocation, repo_root: Path, tmp_path: Path
 ) -> None:
-    flags = ("--name", "run1", "--storage-path", str(tmp_path / "root"), "--no-with-reference", *SHORT, *PAIRED)
+    flags = ("--name", "run1", "--storage-path", str(tmp_path / "root"), "--no-with-reference", *TWO, *PAIRED)
     settings = SlurmSettings(nodes=2, python=sys.executable)
     script = render((repo_root / TEMPLATE).read_text(), settings, name="run1", flags=flags, repository=str(repo_root))
 

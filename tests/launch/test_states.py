@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ def test_a_trial_that_is_begun_again_with_its_state_keeps_what_it_saved_since(st
     checkpoint.parent.mkdir()
     assert take(state, "b", "two") is True
     assert take(state, "b", "two") is True  # nothing was saved since
+    os.utime(checkpoint, ns=(1, 1))  # as of a copy on another machine
+    assert take(state, "b", "two") is True
     checkpoint.unlink()
     checkpoint.write_text("of b")
     assert take(state, "b", "two") is False

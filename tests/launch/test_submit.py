@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -182,6 +185,49 @@ def test_a_server_that_does_not_answer_is_named(capsys: pytest.CaptureFixture[st
     assert main(["list", "--address", NOWHERE]) == 2
     error = capsys.readouterr().err
     assert NOWHERE in error and "no answer" in error and error.count("\n") == 1
+
+
+class DeafServer(BaseHTTPRequestHandler):
+    """A job server whose only job runs on, whatever it is asked."""
+
+    def do_GET(self) -> None:
+        job = {"type": "SUBMISSION", "submission_id": "deaf", "status": "RUNNING", "entrypoint": "x", "start_time": 1}
+        answers = {"/api/jobs/": [], "/api/version": {"ray_version": "2.60.0"}, "/api/jobs/deaf": job}
+        if self.path in answers:
+            self._answer(answers[self.path])
+        else:
+            self.send_error(404)
+
+    def do_POST(self) -> None:
+        self._answer({"stopped": True})
+
+    def _answer(self, what: object) -> None:
+        body = json.dumps(what).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_job_that_does_not_stop_is_said_and_is_no_success(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.jobs.STOPPED_WITHIN_S", 1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), DeafServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            where = ["--address", f"http://127.0.0.1:{server.server_port}"]
+            assert main(["stop", "deaf", *where]) == 1
+            said = capsys.readouterr()
+            assert main(["status", "nope", *where]) == 2
+            assert "knows no job 'nope'" in capsys.readouterr().err
+        finally:
+            server.shutdown()
+    assert "RUNNING" in said.out and "go on with it" not in said.out
+    assert "deaf still runs, 1 s after it was asked to stop; look at its log" in said.err
 
 
 def test_the_entrypoint_survives_the_shell() -> None:

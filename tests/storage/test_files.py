@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ import pytest
 
 from hamu.errors import CheckpointError, CorruptError, DataError
 from hamu.storage import files
-from hamu.storage.files import is_full, on_wait, patiently, read_json, set_aside, write_json
+from hamu.storage.files import is_full, on_wait, patiently, read_json, set_aside, write_json, write_new_json
+from hamu.storage.shared_json import changing_json
+from hamu.storage.temporary import temporary_for
+from hamu.training.records import Recorder
 
 VALUES: list[Any] = [
     {}, {"a": 1}, {"a": {"sha256": "x"}, "b": [1.5, None, "ü"], "c": {}}, [], [1, {"a": 2}], "text", 3,
@@ -89,6 +94,71 @@ def test_what_is_set_aside_is_kept_under_another_name(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").touch()
     assert (set_aside(tmp_path / "model") / "weights").exists()
+
+
+def test_a_temporary_name_tells_its_file_and_is_no_other_writers(tmp_path: Path) -> None:
+    """Processes of two containers on one network folder may have the same id."""
+    path = tmp_path / "a.b-00001.parquet"
+    first, second = temporary_for(path), temporary_for(path)
+    assert first != second
+    assert first.parent == tmp_path and first.match(".*.tmp")
+    assert first.name[1:].rsplit(".", 2)[0] == path.name
+    assert socket.gethostname().split(".")[0][:10] in first.name
+
+
+def test_a_recorder_clears_away_what_a_killed_process_of_any_host_has_left(tmp_path: Path) -> None:
+    left = temporary_for(tmp_path / "t.x-00000.parquet")
+    other = temporary_for(tmp_path / "t-00000.parquet")
+    for path in (left, other):
+        path.write_bytes(b"half")
+    Recorder(tmp_path, {"trial_id": "t.x"}).start_anew()
+    assert list(tmp_path.iterdir()) == [other]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_that_is_there_is_not_created_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool) -> None:
+    if not has_links:
+
+        def refuse(*paths: Path) -> None:
+            raise PermissionError(errno.EPERM, "no links")
+
+        monkeypatch.setattr("os.link", refuse)
+    assert write_new_json(tmp_path / "a.json", {"n": 1})
+    assert not write_new_json(tmp_path / "a.json", {"n": 2})
+    assert read_json(tmp_path / "a.json") == {"n": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_several_processes_add_to_a_file_is_all_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+
+    def add(n: int) -> None:
+        with changing_json(path, {}) as value:
+            value[str(n)] = n
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(8)))
+    assert read_json(path) == {str(n): n for n in range(8)}
+
+
+def add_and_fail(value: list[int]) -> None:
+    value.append(1)
+    raise KeyError
+
+
+def test_a_shared_file_is_written_where_there_is_news_only_and_a_broken_one_is_kept_aside(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with changing_json(path, []) as value:
+        assert value == []
+    assert not path.exists()
+    with pytest.raises(KeyError), changing_json(path, []) as value:
+        add_and_fail(value)
+    assert not path.exists()
+    path.write_text("{")
+    with changing_json(path, []) as value:
+        value.append(1)
+    assert read_json(path) == [1]
+    assert (tmp_path / "a.json.corrupt-1").read_text() == "{"
 
 
 def test_a_full_storage_is_waited_for_and_other_errors_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

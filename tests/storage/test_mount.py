@@ -1,13 +1,12 @@
 """An artifact root in a store: what one machine writes another reads, a folder has one owner, a store that cannot say is refused.
 
-The store is moto's S3, in this process, on the loopback; "another machine" is another mirror of the same bucket.
+The store and its two mirrors are of conftest.py.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +26,6 @@ from launch.results import SweepFolder, check_free, find_sweep, trial_lock
 from launch.results import write_json as write_row
 from launch.shared import failed_row
 from tune_spaces.space import load_space
-
-pytest.importorskip("s3fs", reason="s3fs is not installed: uv pip install 's3fs'")
-pytest.importorskip("moto.server", reason="moto is not installed: uv pip install 'moto[server]'")
-
-SETTINGS = {
-    "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    before = {name: os.environ.get(name) for name in (*SETTINGS, "AWS_ENDPOINT_URL")}
-    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    address = "http://{}:{}".format(*running.get_host_and_port())
-    os.environ.update(SETTINGS, AWS_ENDPOINT_URL=address)
-    try:
-        yield address
-    finally:
-        running.stop()
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
-
-
-@pytest.fixture
-def url(server: str, request: pytest.FixtureRequest) -> str:
-    import s3fs
-
-    bucket = "bucket" + str(abs(hash(request.node.name)))
-    s3fs.S3FileSystem().mkdir(f"/{bucket}")
-    return f"s3://{bucket}/hamu"
-
-
-@pytest.fixture
-def here(url: str, tmp_path: Path) -> Path:
-    return mount.mount(url, tmp_path / "here")
-
-
-@pytest.fixture
-def there(url: str, tmp_path: Path) -> Path:
-    return mount.mount(url, tmp_path / "there", probe=False)
 
 
 def names(root: Path) -> list[str]:
@@ -98,8 +53,11 @@ def test_a_dry_run_names_a_place_and_contacts_nothing(tmp_path: Path) -> None:
     root = mount.mount("s3://nobody-asks/hamu", tmp_path, asks_store=False)
     assert mount.shown(root / "results") == "s3://nobody-asks/hamu/results"
     mount.fetch(root)
-    with pytest.raises(ConfigError, match="s3://nobody-asks/hamu/results holds none"):
+    with pytest.raises(
+        ConfigError, match="--resume mine --dry-run: a dry run does not look into a store.*s3://nobody-asks/hamu/r"
+    ):
         find_sweep(root, "mine")
+    check_free(SweepFolder(root / "results" / "digits" / "mine"), space="digits/quickstart", root=root)
     assert SweepFolder(root / "results" / "digits" / "mine").rows() == {}
     assert list(tmp_path.iterdir()) == []
 
@@ -139,6 +97,9 @@ def test_deletions_reach_another_machine_and_what_was_only_written_there_stays(h
     assert names(there) == ["b.json.corrupt-1", "c.json", "own.json"]
     assert names(here) == in_store(here) == [aside.name, "c.json"]
     mount.remove(here / "none")
+    write_json(there / "b.json", {})
+    (there / "b.json.corrupt-1").unlink()  # not fetched yet, as it were
+    assert set_aside(there / "b.json").name == "b.json.corrupt-2"
 
 
 def test_a_folder_is_published_and_replaced(here: Path, there: Path) -> None:

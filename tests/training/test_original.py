@@ -148,3 +148,15 @@ def test_a_gpu_that_is_not_there_is_refused(tiny: Build) -> None:
     with pytest.raises(ConfigError, match="device 'cuda' is not there"):
         choose_device(tiny(device="cuda"))
     assert choose_device(tiny(device=None)).type == "cpu"
+
+
+def test_a_model_whose_weights_are_cut_is_set_aside_and_trained_again(tmp_path: Path) -> None:
+    config = TrainConfig.from_flat({"artifact_root": str(tmp_path), "add_forget_to_train": True, "num_train_epochs": 0.1})
+    data = load_data(config)
+    path = provide_model(config, data)
+    [weights] = path.glob("*.safetensors")
+    whole = weights.read_bytes()
+    os.truncate(weights, len(whole) // 2)
+    assert provide_model(config, data) == path
+    assert weights.read_bytes() == whole
+    assert (path.parent / f"{path.name}.corrupt-1").is_dir()
