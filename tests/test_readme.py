@@ -27,6 +27,7 @@ def test_the_example_with_ones_own_model_forgets_a_class_and_keeps_the_rest(tmp_
     assert len(example.split("\n\n")[-1].splitlines()) < 20
 
 
+@pytest.mark.slow
 def test_the_example_with_ones_own_loop_prints_a_step(tmp_path: Path) -> None:
     (example,) = [code for code in EXAMPLES if "combine_gradients" in code]
     assert run(example, tmp_path).startswith("('")

@@ -38,8 +38,8 @@ class NoopSlot:
         self._trial, self._started_at = self._trials[trial_id], started_at
         return {"ended": False, "step": 0, "total_steps": 1}
 
-    def advance(self) -> dict[str, Any]:
-        """As a slot's: end it."""
+    def advance(self, *, saves: bool = False) -> dict[str, Any]:
+        """As a slot's: end it. saves: has nothing to save."""
         folder = self._folder.trial(self._trial.trial_id)
         with trial_lock(folder):
             attempts = Attempts(folder, self._shared.run_id)

@@ -238,6 +238,7 @@ def plan_and_folder(root: Path) -> tuple[Plan, SweepFolder]:
     return plan, SweepFolder(root / "results" / "digits" / "mine")
 
 
+@pytest.mark.slow
 def test_a_sweep_begun_on_one_machine_is_resumed_on_another(here: Path, there: Path) -> None:
     plan, folder = plan_and_folder(here)
     first, second = (trial.trial_id for trial in plan.trials[:2])

@@ -26,6 +26,7 @@ def test_any_reader_reads_it_page_checksums_included(path: Path) -> None:
         assert (file.num_row_groups, file.read_row_group(1).num_rows) == (2, 5)
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_and_any_cut_is_found(path: Path) -> None:
     good = path.read_bytes()
     mark = good.index(b"hamu-sha256:")

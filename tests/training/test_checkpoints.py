@@ -28,6 +28,7 @@ def test_what_was_saved_comes_back(path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.slow
 def test_any_flipped_byte_is_found(path: Path) -> None:
     good = path.read_bytes()
     undetected = []

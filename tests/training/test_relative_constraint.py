@@ -160,6 +160,7 @@ def hardness_and_weights(settings: dict[str, Any]) -> tuple[dict[str, float], np
     return result.hardness, torch.cat([param.detach().flatten() for param in model.parameters()]).numpy()
 
 
+@pytest.mark.slow
 def test_a_split_pair_resolves_the_share_as_one_process_does(ranks: Ranks) -> None:
     settings = {"relative_constraint": True}
     ((one, weights),) = ranks.run(hardness_and_weights, settings, n=1)
