@@ -26,6 +26,7 @@ STOP_WAIT_S = 30
 """Seconds from SIGTERM to SIGKILL when a job is stopped: Ray's three are too few for its trials to save their checkpoints."""
 
 STOPPED_WITHIN_S = STOP_WAIT_S + 15
+_TOLD_WITHIN_S = 15.0
 """Seconds from the request to the end of a job that Ray stops, its own work included."""
 
 _OF_JOB = {
@@ -120,7 +121,16 @@ class Jobs:
         return found
 
     def node_python(self) -> str | None:
-        """The interpreter that runs Ray on the head, where a job's command starts; None: the server does not tell."""
+        """The interpreter that runs Ray on the head, where a job's command starts; None: the server does not tell.
+
+        A head that has just started tells it some seconds later.
+        """
+        deadline = time.monotonic() + _TOLD_WITHIN_S
+        while (found := self._node_python()) is None and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return found
+
+    def _node_python(self) -> str | None:
         with contextlib.suppress(LostError, ConfigError, KeyError, TypeError, ValueError):
             nodes = self._get("/nodes?view=summary")["data"]["summary"]
             head = next((node["raylet"]["nodeId"] for node in nodes if node["raylet"].get("isHeadNode")), None)

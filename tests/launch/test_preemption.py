@@ -132,6 +132,7 @@ def test_a_trial_leaves_a_node_that_is_to_go_and_ends_elsewhere_with_the_same_nu
     assert not (sweep.folder.path / ".ray").exists()
 
 
+@pytest.mark.soak
 def test_a_slot_that_is_told_to_end_saves_its_trial_which_goes_on_elsewhere_with_the_same_numbers(
     ray_cluster: Any, sweep: Sweep, undisturbed: dict[str, float]
 ) -> None:

@@ -181,6 +181,7 @@ def test_without_its_token_nothing_is_done(head: Head) -> None:
         urllib.request.urlopen(f"{head.url}/api/jobs/", timeout=20)
 
 
+@pytest.mark.soak
 def test_a_sweep_is_submitted_left_alone_and_followed_over_a_broken_connection(head: Head, proxy: Proxy) -> None:
     where = ("--cluster", str(head.cluster), "--address", proxy.url)
     submitting = head.start(*where, "--", "--name", "run1", *ONE, "--no-with-reference")

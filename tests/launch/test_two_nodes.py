@@ -66,7 +66,7 @@ def test_the_image_s_health_check_tells_a_node_that_is_well(nodes: TwoNodes, rep
     health = [sys.executable, repo_root / "docker" / "health.py"]
     nodes.run(health, "head")
     nodes.run(health, "worker")
-    nodes.run(health, "host", code=1)  # no node is here
+    nodes.run(["env", "HAMU_HEALTH_URL=http://127.0.0.1:9/", *health], "host", code=1)  # no node is there
 
 
 @pytest.fixture(scope="module")

@@ -149,6 +149,7 @@ def given(ray_cluster: Any) -> Given:
 @pytest.fixture(scope="class")
 def slot(given: Given, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slot]:
     folder = tmp_path_factory.mktemp("workers")
+    note_others()
     workers = Workers(partial(Adder, given, folder), SETTINGS, folder=folder / "train", name="slot")
     yield Slot(workers, folder)
     workers.close()
@@ -179,11 +180,21 @@ def pid_of(actor_class: str) -> int:
     return next(actor["Pid"] for actor in living if actor["ActorClassName"] == actor_class)
 
 
-def is_nothing_left(ray: Any) -> bool:
-    """Whether no actor, process or placement group is left."""
+_OTHERS: set[str] = set()
+"""Actors of other tests on this Ray: of a dead one the number of its process may be another's by now."""
+
+
+def note_others() -> None:
     from ray._private.state import state
 
-    actors = state.actor_table(None).values()
+    _OTHERS.update(state.actor_table(None))
+
+
+def is_nothing_left(ray: Any) -> bool:
+    """Whether no actor or process of these tests, and no placement group, is left."""
+    from ray._private.state import state
+
+    actors = [actor for actor_id, actor in state.actor_table(None).items() if actor_id not in _OTHERS]
     has_actors = any(actor["State"] != "DEAD" or (actor["Pid"] and is_alive(actor["Pid"])) for actor in actors)
     return not has_actors and not held_groups(ray) and ray.available_resources().get("CPU") == 2.0
 
@@ -267,6 +278,7 @@ class TestRealWorkersAtLength:
 
     @pytest.fixture
     def slot(self, given: Given, tmp_path: Path) -> Iterator[Slot]:
+        note_others()
         workers = Workers(partial(Adder, given, tmp_path), SETTINGS, folder=tmp_path / "train", name="long")
         yield Slot(workers, tmp_path)
         workers.close()
