@@ -203,12 +203,15 @@ def _run(args: argparse.Namespace, prepared: Prepared, place: Place) -> int:
         signals.check()
 
     files.on_wait(wait)
-    with machine_for(prepared, place, words) as machine:
-        slots, fit_gpus = slots_for(args, prepared, place, machine)
-        return run(
-            prepared, slots=slots, machine=machine, words=words, signals=signals, is_joined=place.is_joined,
-            dashboard=args.dashboard, fit_gpus=fit_gpus, n_probe=args.probe, prune_infeasible=args.prune_infeasible,
-        )  # fmt: skip
+    try:
+        with machine_for(prepared, place, words) as machine:
+            slots, fit_gpus = slots_for(args, prepared, place, machine)
+            return run(
+                prepared, slots=slots, machine=machine, words=words, signals=signals, is_joined=place.is_joined,
+                dashboard=args.dashboard, fit_gpus=fit_gpus, n_probe=args.probe, prune_infeasible=args.prune_infeasible,
+            )  # fmt: skip
+    finally:
+        files.on_wait(None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
