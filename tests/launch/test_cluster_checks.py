@@ -120,7 +120,7 @@ def test_a_file_with_ones_own_values_is_used(tmp_path: Path, monkeypatch: pytest
 
 
 def test_an_example_in_the_settings_is_named_with_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = of(tmp_path, monkeypatch, "aws-a100", ("registry.example", "registry.mine.org"), part="")
+    cluster = of(tmp_path, monkeypatch, "aws-a100", ("registry.example", "images.mine"), part="")
     with pytest.raises(ConfigError, match=r"aws-a100\.settings\.yaml, storage_path: .*example-bucket"):
         check_filled_in(cluster)
 
